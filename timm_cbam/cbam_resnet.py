@@ -1,0 +1,288 @@
+"""CBAM-ResNet
+
+ResNets with a Convolutional Block Attention Module at the end of every residual branch, after its last batch-norm and
+before the shortcut is added.
+
+Papers:
+* `CBAM: Convolutional Block Attention Module` - https://arxiv.org/abs/1807.06521
+* `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
+"""
+from functools import partial
+from typing import Any, Dict, Mapping, Optional, Tuple, Type, Union
+
+import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.resnet import BasicBlock, Bottleneck, ResNet
+from torch import nn
+
+from .layers import Cbam, ChannelAttention, SpatialAttention
+from .weights import convert_state_dict, describe_layout, to_native_layout
+
+__all__ = ['CbamResNet']  # register_model adds each entrypoint fn to this
+
+
+class CbamResNet(ResNet):
+    """ResNet with CBAM in every block, `block.se` in timm's naming.
+
+    It is timm's ResNet in every other respect. Beside the stems of ResNet it has
+      * 's1' - a single 3x3 conv of stride 1 and no max-pool, for small images (stem_type='s1')
+    """
+
+    def __init__(
+            self,
+            block: Type[Union[BasicBlock, Bottleneck]],
+            layers: Tuple[int, ...],
+            in_chans: int = 3,
+            output_stride: int = 32,
+            stem_type: str = '',
+            cbam_args: Optional[Dict[str, Any]] = None,
+            block_args: Optional[Dict[str, Any]] = None,
+            device=None,
+            dtype=None,
+            **kwargs,
+    ) -> None:
+        """
+        Args:
+            block: Class of the residual block, timm's BasicBlock or Bottleneck.
+            layers: Number of blocks in each stage.
+            in_chans: Number of input (color) channels.
+            output_stride: Largest stride of the network's output, further stages are dilated. One of 32, 16, 8, with
+                the 's1' stem (whose network has stride 8) one of 8, 4, 2 or a larger one of those above.
+            stem_type: The type of stem, 's1' or one of ResNet's.
+            cbam_args: Arguments of :class:`timm_cbam.Cbam`.
+            block_args: Extra arguments of the block module.
+            **kwargs: Arguments of :class:`timm.models.ResNet`.
+
+        Raises:
+            ValueError: If block_args has an attention layer of its own, or the output_stride does not fit the stem.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        block_args = dict(block_args or {})
+        if 'attn_layer' in block_args:
+            raise ValueError(
+                f"block_args has attn_layer={block_args['attn_layer']!r}, which would replace CBAM. Remove it, pass "
+                f"cbam_args to change the attention, or create the ResNet without 'cbam_' in its name.")
+        small_stem = stem_type == 's1'
+        strides = (2, 4, 8, 16, 32) if small_stem else (8, 16, 32)
+        if output_stride not in strides:
+            raise ValueError(f'output_stride={output_stride} must be one of {strides}.')
+        super().__init__(
+            block,
+            layers,
+            in_chans=in_chans,
+            # ResNet counts from its stem's stride of 4, the small stem has 1
+            output_stride=min(4 * output_stride, 32) if small_stem else output_stride,
+            stem_type='' if small_stem else stem_type,
+            block_args=dict(block_args, attn_layer=partial(Cbam, **(cbam_args or {}))),
+            **kwargs,
+            **dd,
+        )
+        if small_stem:
+            self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, kernel_size=3, padding=1, bias=False, **dd)
+            nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
+            self.maxpool = nn.Identity()
+            for info, stem_stride in zip(self.feature_info, (2, 4, 4, 4, 4), strict=True):
+                info['reduction'] //= stem_stride
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialize model weights.
+
+        Args:
+            zero_init_last: Zero-initialize the last BN in each residual branch.
+        """
+        super().init_weights(zero_init_last=zero_init_last)
+        for m in self.modules():
+            if isinstance(m, (ChannelAttention, SpatialAttention)):
+                m.reset_parameters()  # ResNet has initialised every Conv2d its own way
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
+        """Load a state dict of this model or of any layout that :func:`timm_cbam.convert_state_dict` knows.
+
+        Raises:
+            RuntimeError: If the state dict does not fit (strict); says which layout it looks like.
+        """
+        try:
+            return super().load_state_dict(to_native_layout(state_dict), strict=strict, assign=assign)
+        except RuntimeError as e:
+            raise RuntimeError(f'{e}\n\t{describe_layout(state_dict)}') from None
+
+
+def _create_cbam_resnet(variant: str, pretrained: bool = False, **kwargs) -> CbamResNet:
+    return build_model_with_cfg(
+        CbamResNet,
+        variant,
+        pretrained,
+        pretrained_filter_fn=convert_state_dict,
+        **kwargs,
+    )
+
+
+def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return {
+        'url': url,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic',
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'conv1', 'classifier': 'fc',
+        'license': 'apache-2.0',
+        'paper_ids': 'arXiv:1807.06521',
+        'paper_name': 'CBAM: Convolutional Block Attention Module',
+        **kwargs
+    }
+
+
+def _s1_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return _cfg(url=url, **dict({'input_size': (3, 32, 32), 'pool_size': (4, 4), 'crop_pct': 1.0}, **kwargs))
+
+
+def _eccv18_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
+    return _cfg(url=url, **dict({'interpolation': 'bilinear'}, **kwargs))
+
+
+default_cfgs = generate_default_cfgs({
+    'cbam_resnet18.untrained': _cfg(),
+    'cbam_resnet34.untrained': _cfg(),
+    'cbam_resnet50.untrained': _cfg(),
+    'cbam_resnet101.untrained': _cfg(),
+    'cbam_resnet152.untrained': _cfg(),
+
+    'cbam_resnet18_s1.untrained': _s1_cfg(),
+    'cbam_resnet34_s1.untrained': _s1_cfg(),
+    'cbam_resnet50_s1.untrained': _s1_cfg(),
+    'cbam_resnet101_s1.untrained': _s1_cfg(),
+    'cbam_resnet152_s1.untrained': _s1_cfg(),
+
+    'cbam_resnet18_eccv18.untrained': _eccv18_cfg(),
+    'cbam_resnet34_eccv18.untrained': _eccv18_cfg(),
+    'cbam_resnet50_eccv18.untrained': _eccv18_cfg(),
+    'cbam_resnet101_eccv18.untrained': _eccv18_cfg(),
+    'cbam_resnet152_eccv18.untrained': _eccv18_cfg(),
+})
+
+
+def _eccv18_args(kwargs: Dict[str, Any]) -> Dict[str, Any]:
+    """Put the caller's arguments, cbam_args one by one, over those of the authors' released code."""
+    cbam_args = dict(dict(mlp_bias=True, spatial_norm=True), **(kwargs.get('cbam_args') or {}))
+    return dict(dict(zero_init_last=False), **dict(kwargs, cbam_args=cbam_args))
+
+
+@register_model
+def cbam_resnet18(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-18 model, the network of the paper.
+    """
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_cbam_resnet('cbam_resnet18', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet34(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-34 model, the network of the paper.
+    """
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_cbam_resnet('cbam_resnet34', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet50(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-50 model, the network of the paper.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_cbam_resnet('cbam_resnet50', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet101(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-101 model, the network of the paper.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return _create_cbam_resnet('cbam_resnet101', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet152(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-152 model, the network of the paper.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    return _create_cbam_resnet('cbam_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet18_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-18 model with a 3x3 stride-1 stem, for small images.
+    """
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), stem_type='s1')
+    return _create_cbam_resnet('cbam_resnet18_s1', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet34_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-34 model with a 3x3 stride-1 stem, for small images.
+    """
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), stem_type='s1')
+    return _create_cbam_resnet('cbam_resnet34_s1', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet50_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-50 model with a 3x3 stride-1 stem, for small images.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), stem_type='s1')
+    return _create_cbam_resnet('cbam_resnet50_s1', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet101_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-101 model with a 3x3 stride-1 stem, for small images.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), stem_type='s1')
+    return _create_cbam_resnet('cbam_resnet101_s1', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet152_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-152 model with a 3x3 stride-1 stem, for small images.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3), stem_type='s1')
+    return _create_cbam_resnet('cbam_resnet152_s1', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet18_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-18 model as in the authors' released code.
+    """
+    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    return _create_cbam_resnet('cbam_resnet18_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))
+
+
+@register_model
+def cbam_resnet34_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-34 model as in the authors' released code.
+    """
+    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    return _create_cbam_resnet('cbam_resnet34_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))
+
+
+@register_model
+def cbam_resnet50_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-50 model as in the authors' released code.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    return _create_cbam_resnet('cbam_resnet50_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))
+
+
+@register_model
+def cbam_resnet101_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-101 model as in the authors' released code.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    return _create_cbam_resnet('cbam_resnet101_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))
+
+
+@register_model
+def cbam_resnet152_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-152 model as in the authors' released code.
+    """
+    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    return _create_cbam_resnet('cbam_resnet152_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))
