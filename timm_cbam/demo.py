@@ -170,10 +170,11 @@ def run_demo(
     labels: List[str] = [str(digit) for digit in range(10)]
     model = create_model(
         model_name,
-        num_classes=len(labels),
         pretrained_cfg_overlay=dict(
+            tag='digits', description='Handwritten digits of scikit-learn.',
+            num_classes=len(labels), label_names=labels,
             input_size=(1, _IMG_SIZE, _IMG_SIZE), pool_size=None, mean=(0.5,), std=(0.5,), crop_pct=1.0,
-            interpolation='bilinear', label_names=labels, description='Handwritten digits of scikit-learn.'),
+            interpolation='bilinear'),
     ).to(device)
 
     with staged_folder(output) as folder, TemporaryDirectory() as root:
