@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import timm
 import torch
@@ -83,7 +85,7 @@ def test_own_layout_round_trip():
     a, b = (timm.create_model('cbam_resnet18', num_classes=3) for _ in range(2))
     b.load_state_dict({f'module.{k}': v for k, v in a.state_dict().items()})  # as DistributedDataParallel saves it
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in a.state_dict().items())
-    assert b.load_state_dict({}, strict=False).missing_keys == list(b.state_dict())
+    assert b.load_state_dict({}, strict=False).missing_keys == [k for k in b.state_dict() if 'num_batches' not in k]
 
 
 def test_checkpoint_without_batch_counters():
@@ -114,4 +116,4 @@ def test_checkpoint_without_batch_counters():
 def test_wrong_state_dict(load, other, message):
     with pytest.raises(RuntimeError, match=f'(?is){message}') as e:
         load(timm.create_model('cbam_resnet18'), other())
-    assert 'missing' in str(e.value).lower()
+    assert re.search('(?i)(missing|left over|unexpected).*layer', str(e.value))

@@ -1,0 +1,242 @@
+"""The start-up hook, in processes of their own
+
+Each test builds a Python environment: the installed packages but this one, and the start-up files as the wheel installs
+them. So the plugin, timm or timm_cbam can be left out or broken. test_packaging.py shows that the wheel does install
+these files like that.
+"""
+import os
+import pkgutil
+import shutil
+import subprocess
+import sys
+import sysconfig
+import textwrap
+import venv
+from pathlib import Path
+
+import pytest
+
+import timm_cbam
+
+PACKAGE = Path(timm_cbam.__file__).parent
+STARTUP = Path(__file__).parents[1] / 'timm_cbam' / 'startup'
+COUNT = 'import timm; print(len(timm.list_models("cbam*")))'
+
+
+class Environment:
+    def __init__(self, root: Path):
+        venv.create(root, symlinks=True)
+        self.python = root / 'bin' / 'python'
+        self.site = next(root.glob('lib/python*/site-packages'))
+        self.packages = root / 'packages'  # the installed packages, apart, so that a test can take some away
+        self.packages.mkdir()
+        for entry in Path(sysconfig.get_path('purelib')).iterdir():
+            if entry.suffix != '.pth' and 'timm_cbam' not in entry.name:
+                (self.packages / entry.name).symlink_to(entry)
+        (self.site / 'packages.pth').write_text(f'{self.packages}\n')
+
+    def install(self, name: str = 'timm_cbam', package: bool = True):
+        """Install the start-up files, and the package that they import, under a name."""
+        for file in STARTUP.glob('*timm_cbam*'):
+            text = file.read_text().replace('timm_cbam', name).replace('TIMM_CBAM', name.upper())
+            (self.site / file.name.replace('timm_cbam', name)).write_text(text)
+        if package:
+            (self.site / name).symlink_to(PACKAGE)
+
+    def run(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
+        env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TIMM_CBAM', 'COV'))} | env
+        result = subprocess.run([str(self.python), *args], capture_output=True, text=True, env=env, cwd=self.site.parent)
+        assert not check or result.returncode == 0, result.stderr
+        return result
+
+    def eval(self, code: str, *flags: str, **env: str) -> str:
+        """Run code that must leave nothing on standard error, return what it prints."""
+        result = self.run(*flags, '-c', textwrap.dedent(code), **env)
+        assert result.stderr == ''
+        return result.stdout.strip()
+
+
+@pytest.fixture
+def bare(tmp_path):
+    return Environment(tmp_path / 'env')
+
+
+@pytest.fixture
+def env(bare):
+    bare.install()
+    return bare
+
+
+def test_plain(env):
+    assert env.eval(COUNT) == '15'
+    assert env.eval(COUNT, '-I') == '15'
+
+
+def test_module(env):
+    (env.site / 'my_script.py').write_text(COUNT)
+    assert env.run('-m', 'my_script').stdout == '15\n'
+
+
+def test_models_imported_first(env):
+    assert env.eval('from timm.models import create_model; print(type(create_model("cbam_resnet18")).__name__)') == 'CbamResNet'
+    assert env.eval('import timm.models.resnet, timm; print(timm.is_model("cbam_resnet50"))') == 'True'
+
+
+@pytest.mark.parametrize('code', ['import timm_cbam, timm', 'import timm, timm_cbam', 'import timm_cbam.layers, timm'])
+def test_registers_once_in_any_order(env, code):
+    """timm warns when a name is registered twice, here that would be on standard error."""
+    assert env.eval(f'{code}; print(len(timm.list_models("cbam*")))') == '15'
+
+
+def test_without_site(env):
+    assert env.eval('import sys; print("_timm_cbam_autoload" in sys.modules)', '-S') == 'False'
+
+
+def test_startup_imports_nothing(bare):
+    code = 'import sys; print(*sorted(sys.modules))'
+    before = set(bare.eval(code).split())
+    bare.install()
+    assert set(bare.eval(code).split()) - before == {'_timm_cbam_autoload'}
+
+
+def test_startup_files_agree(env):
+    """Python 3.15 reads timm_cbam_autoload.start, earlier ones timm_cbam_autoload.pth."""
+    start = (STARTUP / 'timm_cbam_autoload.start').read_text().strip()
+    pth = (STARTUP / 'timm_cbam_autoload.pth').read_text().strip()
+    module, function = start.split(':')
+    assert pth == f'import {module}; {module}.{function}()'
+    sys.path.insert(0, str(STARTUP))
+    try:
+        assert callable(pkgutil.resolve_name(start))
+    finally:
+        sys.path.remove(str(STARTUP))
+
+
+def test_turned_off(env):
+    assert env.eval(COUNT, TIMM_CBAM_AUTOLOAD='0') == '0'
+    assert env.eval(f'import timm_cbam; {COUNT}', TIMM_CBAM_AUTOLOAD='0') == '15'
+    assert env.eval(COUNT, TIMM_CBAM_AUTOLOAD='1') == '15'
+
+
+def test_timm_missing(env):
+    (env.packages / 'timm').unlink()
+    assert env.eval('print(1)') == '1'
+    result = env.run('-c', 'import timm', check=False)
+    assert "No module named 'timm'" in result.stderr and 'autoload' not in result.stderr
+
+
+@pytest.mark.parametrize('source', [
+    'import a_module_that_is_not_there',
+    'raise RuntimeError("two\\nlines")',
+    'a syntax error',
+    'raise SystemExit(3)',
+    'from timm import create_model, nothing_of_the_kind',
+])
+def test_broken(bare, source):
+    bare.install(package=False)
+    (bare.site / 'timm_cbam.py').write_text(source)
+    assert bare.eval('print(1)') == '1'
+    result = bare.run('-c', 'import timm; timm.create_model("resnet18"); print(len(timm.list_models("cbam*")))')
+    assert result.stdout == '0\n'
+    assert result.stderr.count('RuntimeWarning: timm-cbam could not register its models: ') == 1
+    assert 'TIMM_CBAM_AUTOLOAD=0' in result.stderr
+
+
+def test_broken_with_warnings_as_errors(bare):
+    bare.install(package=False)
+    result = bare.run('-W', 'error::RuntimeWarning', '-c', COUNT)
+    assert result.stdout == '0\n'
+    assert result.stderr.count('timm-cbam could not register its models: ModuleNotFoundError') == 1
+
+
+def test_two_plugins(env):
+    env.install('other_cbam', package=False)
+    (env.site / 'other_cbam.py').write_text(
+        'from timm.models import register_model\n@register_model\ndef other_net(pretrained=False, **kwargs): pass\n')
+    assert env.eval(f'{COUNT}; print(timm.is_model("other_net"))').split() == ['15', 'True']
+    # whichever comes first in sys.meta_path
+    assert env.eval(f'import sys; sys.meta_path[:2] = sys.meta_path[1::-1]; {COUNT}; print(timm.is_model("other_net"))').split() == [
+        '15', 'True']
+
+
+def test_reload(env):
+    assert env.eval('''
+        import importlib, timm, timm.models, timm_cbam
+        importlib.reload(timm.models)
+        importlib.reload(timm)
+        importlib.reload(timm_cbam)
+        print(len(timm.list_models('cbam*')), timm.create_model('cbam_resnet18', num_classes=2).num_classes)
+    ''') == '15 2'
+
+
+def test_leaves_no_trace_on_timm(env):
+    assert env.eval('''
+        import importlib.util, inspect, timm, timm.models
+        assert 'create_model' in inspect.getsource(timm)
+        assert 'create_model' in inspect.getsource(timm.models)
+        assert timm.models.__loader__ is timm.models.__spec__.loader
+        print(type(timm.models.__loader__).__name__, type(timm.models.resnet.__loader__).__name__)
+        assert importlib.util.find_spec('timm.models') is timm.models.__spec__
+    ''') == 'SourceFileLoader SourceFileLoader'
+
+
+def test_threads(env):
+    assert env.eval('''
+        import threading
+        counts = []
+        def count():
+            import timm.models
+            counts.append(len(timm.models.list_models('cbam*')))
+        threads = [threading.Thread(target=count) for _ in range(8)]
+        [t.start() for t in threads]
+        [t.join() for t in threads]
+        print(*counts)
+    ''') == ' '.join(['15'] * 8)
+
+
+def test_spawned_workers(env):
+    script = env.site.parent / 'workers.py'
+    script.write_text(textwrap.dedent('''
+        from torch.utils.data import DataLoader, Dataset
+
+        class Counts(Dataset):
+            def __len__(self):
+                return 2
+
+            def __getitem__(self, i):
+                import timm
+                return len(timm.list_models('cbam*'))
+
+        if __name__ == '__main__':
+            print([int(n) for n in DataLoader(Counts(), num_workers=2, multiprocessing_context='spawn')])
+    '''))
+    assert env.run(str(script)).stdout == '[15, 15]\n'
+
+
+def test_torchrun(env):
+    script = env.site.parent / 'train.py'
+    script.write_text(textwrap.dedent('''
+        import timm, torch
+        import torch.distributed as dist
+
+        dist.init_process_group('gloo')
+        torch.manual_seed(0)
+        model = torch.nn.parallel.DistributedDataParallel(timm.create_model('cbam_resnet18', num_classes=2))
+        torch.manual_seed(dist.get_rank())
+        model(torch.randn(2, 3, 64, 64)).sum().backward()
+        grads = torch.cat([p.grad.flatten() for p in model.parameters()])
+        every = [torch.empty_like(grads) for _ in range(2)]
+        dist.all_gather(every, grads)
+        assert torch.equal(*every) and grads.abs().max() > 0
+        if dist.get_rank() == 0:
+            print('equal gradients')
+        dist.destroy_process_group()
+    '''))
+    result = env.run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script))
+    assert result.stdout == 'equal gradients\n'
+
+
+def test_uninstalled(env):
+    for entry in [*env.site.glob('*timm_cbam*')]:
+        entry.unlink() if not entry.is_dir() or entry.is_symlink() else shutil.rmtree(entry)
+    assert env.eval(COUNT) == '0'
