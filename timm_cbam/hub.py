@@ -3,7 +3,7 @@ import json
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Iterator, Union
+from typing import Any, Dict, Iterator, Optional, Union
 
 from timm.models import save_for_hf
 from torch import nn
@@ -38,15 +38,16 @@ def staged_folder(folder: Union[str, Path]) -> Iterator[Path]:
         new.rename(folder)
 
 
-def save_model(model: nn.Module, folder: Union[str, Path]) -> None:
+def save_model(model: nn.Module, folder: Union[str, Path], model_args: Optional[Dict[str, Any]] = None) -> None:
     """Write model.safetensors and config.json as `timm.models.save_for_hf` does, in a form that transformers loads too.
 
     Args:
         model: Model made by `timm.create_model`.
         folder: Folder to write into.
+        model_args: Arguments of `timm.create_model` to record, needed with timm before 1.0.29 only.
     """
     folder = Path(folder)
-    save_for_hf(model, str(folder), safe_serialization=True)
+    save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
     config_file = folder / 'config.json'
     config = json.loads(config_file.read_text())
     # transformers' TimmWrapper passes num_classes itself and fails on a second one; timm reads the top level's
