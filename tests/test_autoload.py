@@ -45,7 +45,8 @@ class Environment:
 
     def run(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
         env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TIMM_CBAM', 'COV'))} | env
-        result = subprocess.run([str(self.python), *args], capture_output=True, text=True, env=env, cwd=self.site.parent)
+        result = subprocess.run(
+            [str(self.python), *args], capture_output=True, text=True, env=env, cwd=self.site.parent)
         assert not check or result.returncode == 0, result.stderr
         return result
 
@@ -78,7 +79,8 @@ def test_module(env):
 
 
 def test_models_imported_first(env):
-    assert env.eval('from timm.models import create_model; print(type(create_model("cbam_resnet18")).__name__)') == 'CbamResNet'
+    code = 'from timm.models import create_model; print(type(create_model("cbam_resnet18")).__name__)'
+    assert env.eval(code) == 'CbamResNet'
     assert env.eval('import timm.models.resnet, timm; print(timm.is_model("cbam_resnet50"))') == 'True'
 
 
@@ -153,10 +155,10 @@ def test_two_plugins(env):
     env.install('other_cbam', package=False)
     (env.site / 'other_cbam.py').write_text(
         'from timm.models import register_model\n@register_model\ndef other_net(pretrained=False, **kwargs): pass\n')
-    assert env.eval(f'{COUNT}; print(timm.is_model("other_net"))').split() == ['15', 'True']
+    code = f'{COUNT}; print(timm.is_model("other_net"))'
+    assert env.eval(code).split() == ['15', 'True']
     # whichever comes first in sys.meta_path
-    assert env.eval(f'import sys; sys.meta_path[:2] = sys.meta_path[1::-1]; {COUNT}; print(timm.is_model("other_net"))').split() == [
-        '15', 'True']
+    assert env.eval(f'import sys; sys.meta_path[:2] = sys.meta_path[1::-1]; {code}').split() == ['15', 'True']
 
 
 def test_reload(env):

@@ -133,7 +133,7 @@ def test_hub_config_belongs_to_its_model(tmp_path):
 
 def test_unknown_repository(tmp_path):
     with HubServer() as hub:
-        error = run(f'''
+        error = run('''
             import timm
             try:
                 timm.create_model('hf-hub:me/nothing', pretrained=True)

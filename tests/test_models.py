@@ -96,7 +96,7 @@ def block_name(model, block):
 ])
 def test_resnet_arguments(name, kwargs, shape):
     model = timm.create_model(name, **kwargs)
-    x = torch.randn(2, kwargs.get('in_chans', 3), 64, 64)
+    x = torch.randn(2, kwargs.get('in_chans', 3), 96, 96)
     out = model(x)
     assert out.shape == (shape or (2, model.num_features))
     out.square().sum().backward()
@@ -105,7 +105,8 @@ def test_resnet_arguments(name, kwargs, shape):
 
 def test_arguments_reach_the_modules():
     model = timm.create_model(
-        'cbam_resnet18', act_layer='silu', norm_layer='groupnorm', drop_rate=0.3, drop_path_rate=0.2, drop_block_rate=0.1)
+        'cbam_resnet18', act_layer='silu', norm_layer='groupnorm',
+        drop_rate=0.3, drop_path_rate=0.2, drop_block_rate=0.1)
     assert isinstance(model.act1, nn.SiLU) and isinstance(model.bn1, nn.GroupNorm) and model.drop_rate == 0.3
     assert model.layer4[1].drop_path.drop_prob == pytest.approx(0.2)
     assert model.layer4[1].drop_block.drop_prob == 0.1
