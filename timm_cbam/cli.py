@@ -92,3 +92,6 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f'timm-cbam: error: {e}', file=sys.stderr)
         return 1
     return 0
+
+if __name__ == '__main__':
+    sys.exit(main())
