@@ -54,8 +54,8 @@ def test_save_model(model, x, tmp_path):
     again = timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()
     assert torch.equal(again(x), model(x))
     config = json.loads((tmp_path / 'config.json').read_text())
-    assert config['num_classes'] == model.num_classes and 'num_classes' not in config['model_args']
-    assert config['model_args'].get('cbam_args') == MODELS[config['architecture']].get('cbam_args')
+    assert config['num_classes'] == model.num_classes and 'num_classes' not in config.get('model_args', {})
+    assert config.get('model_args', {}).get('cbam_args') == MODELS[config['architecture']].get('cbam_args')
 
 
 def run(code, **env):
