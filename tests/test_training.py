@@ -53,7 +53,7 @@ def test_learns(batches, amp, channels_last):
         model = model.to(memory_format=torch.channels_last)
     optimizer = create_optimizer_v2(model, opt='adamw', lr=2e-3)
     losses = [loss for _ in range(4) for loss in train(model, optimizer, batches, amp)]
-    assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
+    assert sum(losses[-8:]) < 0.7 * sum(losses[:8])
     # after the first step the last batch-norms are no longer zero: every gate learns
     before = copy.deepcopy(model.state_dict())
     train(model, optimizer, batches[:1], amp)
