@@ -59,7 +59,7 @@ def test_export_with_dynamic_batch(model, x):
         assert relative_error(exported(inputs), model(inputs)) < 1e-6
 
 
-@pytest.mark.parametrize('dynamo', [False, True])
+@pytest.mark.parametrize('dynamo', [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_onnx_with_dynamic_batch(model, x, dynamo, tmp_path):
     file = str(tmp_path / 'model.onnx')
     if dynamo:
