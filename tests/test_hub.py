@@ -102,7 +102,7 @@ def test_staged_folder(tmp_path):
         (staged / 'config.json').write_text('3')
     assert (folder / 'config.json').read_text() == '3'
     assert [p.name for p in folder.parent.iterdir()] == ['folder']
-    (folder / 'config.json').rename(folder / 'thesis.txt')
+    (folder / 'thesis.txt').write_text('3')  # beside a config.json, which many projects have
     with pytest.raises(FileExistsError, match='folder exists and is no model folder; remove it or choose another'):
         with staged_folder(folder):
             pass

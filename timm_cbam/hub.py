@@ -10,13 +10,15 @@ from torch import nn
 
 __all__ = ['save_model', 'staged_folder']
 
+_FILES = {'config.json', 'model.safetensors', 'README.md', 'demo.png'}  # what a folder may hold that is replaced
+
 
 @contextmanager
 def staged_folder(folder: Union[str, Path]) -> Iterator[Path]:
     """Fill a folder so that it appears whole or not at all, also when interrupted.
 
     Args:
-        folder: Folder to write. An earlier model folder (one with a config.json) is replaced.
+        folder: Folder to write. An earlier one is replaced if it has no other files than a model folder has.
 
     Yields:
         Empty temporary folder beside it, which takes its name at the end.
@@ -25,8 +27,7 @@ def staged_folder(folder: Union[str, Path]) -> Iterator[Path]:
         FileExistsError: If something else than a model folder is in the way.
     """
     folder = Path(folder)
-    replaceable = (folder / 'config.json').is_file() or (folder.is_dir() and not any(folder.iterdir()))
-    if folder.exists() and not replaceable:
+    if folder.exists() and not (folder.is_dir() and {p.name for p in folder.iterdir()} <= _FILES):
         raise FileExistsError(f'{folder} exists and is no model folder; remove it or choose another.')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f'.{folder.name}-', dir=folder.parent) as tmp:
