@@ -209,7 +209,6 @@ def test_empty_batch():
     (dict(cbam_args=dict(arrangement='serial')), ValueError, "Unknown arrangement 'serial'"),
     (dict(cbam_args=dict(reduction=8)), TypeError, "unexpected keyword argument 'reduction'"),
     (dict(reduction=8), TypeError, "unexpected keyword argument 'reduction'"),
-    (dict(pretrained=True), RuntimeError, 'No pretrained weights exist for cbam_resnet18'),
 ])
 def test_bad_arguments(kwargs, error, message):
     with pytest.raises(error, match=message):

@@ -7,17 +7,24 @@ Papers:
 * `CBAM: Convolutional Block Attention Module` - https://arxiv.org/abs/1807.06521
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
 """
+from dataclasses import replace
 from functools import partial
 from typing import Any, Dict, Mapping, Optional, Tuple, Type, Union
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models import (
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_arch_pretrained_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .weights import convert_state_dict, describe_layout, to_native_layout
+from .weights import adapt_state_dict, convert_state_dict, describe_layout
 
 __all__ = ['CbamResNet']  # register_model adds each entrypoint fn to this
 
@@ -38,6 +45,7 @@ class CbamResNet(ResNet):
             stem_type: str = '',
             cbam_args: Optional[Dict[str, Any]] = None,
             block_args: Optional[Dict[str, Any]] = None,
+            kaiming_head: bool = False,
             device=None,
             dtype=None,
             **kwargs,
@@ -52,6 +60,7 @@ class CbamResNet(ResNet):
             stem_type: The type of stem, 's1' or one of ResNet's.
             cbam_args: Arguments of :class:`timm_cbam.Cbam`.
             block_args: Extra arguments of the block module.
+            kaiming_head: Initialise the classifier as the authors' code does, Kaiming normal with zero bias.
             **kwargs: Arguments of :class:`timm.models.ResNet`.
 
         Raises:
@@ -67,6 +76,7 @@ class CbamResNet(ResNet):
         strides = (2, 4, 8, 16, 32) if small_stem else (8, 16, 32)
         if output_stride not in strides:
             raise ValueError(f'output_stride={output_stride} must be one of {strides}.')
+        self.kaiming_head = kaiming_head  # init_weights, which ResNet's __init__ calls, needs it
         super().__init__(
             block,
             layers,
@@ -96,15 +106,18 @@ class CbamResNet(ResNet):
         for m in self.modules():
             if isinstance(m, (ChannelAttention, SpatialAttention)):
                 m.reset_parameters()  # ResNet has initialised every Conv2d its own way
+        if self.kaiming_head and isinstance(self.fc, nn.Linear):
+            nn.init.kaiming_normal_(self.fc.weight)
+            nn.init.zeros_(self.fc.bias)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
-        """Load a state dict of this model or of any layout that :func:`timm_cbam.convert_state_dict` knows.
+        """Load a state dict of this model, or any that :func:`timm_cbam.convert_state_dict` knows, plain ResNets' too.
 
         Raises:
             RuntimeError: If the state dict does not fit (strict); says which layout it looks like.
         """
         try:
-            return super().load_state_dict(to_native_layout(state_dict), strict=strict, assign=assign)
+            return super().load_state_dict(adapt_state_dict(state_dict, self), strict=strict, assign=assign)
         except RuntimeError as e:
             raise RuntimeError(f'{e}\n\t{describe_layout(state_dict)}') from None
 
@@ -141,12 +154,24 @@ def _eccv18_cfg(url: str = '', **kwargs) -> Dict[str, Any]:
     return _cfg(url=url, **dict({'interpolation': 'bilinear'}, **kwargs))
 
 
+def _warm_cfgs(base: str) -> Dict[str, Any]:
+    """One cfg for each of timm's weights for a plain ResNet, which the model continues exactly (weights.py).
+
+    All fields are timm's, the weights' own license, paper and preprocessing among them, and so is the default tag.
+    """
+    default_tag = get_pretrained_cfg(base).tag
+    return {
+        f"cbam_{base}.warm_{cfg.tag}{'*' if cfg.tag == default_tag else ''}": replace(cfg, architecture=None, tag=None)
+        for cfg in get_arch_pretrained_cfgs(base).values()
+    }
+
+
 default_cfgs = generate_default_cfgs({
-    'cbam_resnet18.untrained': _cfg(),
-    'cbam_resnet34.untrained': _cfg(),
-    'cbam_resnet50.untrained': _cfg(),
-    'cbam_resnet101.untrained': _cfg(),
-    'cbam_resnet152.untrained': _cfg(),
+    **_warm_cfgs('resnet18'),
+    **_warm_cfgs('resnet34'),
+    **_warm_cfgs('resnet50'),
+    **_warm_cfgs('resnet101'),
+    **_warm_cfgs('resnet152'),
 
     'cbam_resnet18_s1.untrained': _s1_cfg(),
     'cbam_resnet34_s1.untrained': _s1_cfg(),
@@ -156,7 +181,13 @@ default_cfgs = generate_default_cfgs({
 
     'cbam_resnet18_eccv18.untrained': _eccv18_cfg(),
     'cbam_resnet34_eccv18.untrained': _eccv18_cfg(),
-    'cbam_resnet50_eccv18.untrained': _eccv18_cfg(),
+    'cbam_resnet50_eccv18.osmr_in1k': _eccv18_cfg(
+        url='https://github.com/osmr/imgclsmob/releases/download/v0.0.537/cbam_resnet50-0505-d8cf8488.pth.zip',
+        license='mit', origin_url='https://github.com/osmr/imgclsmob'),
+    'cbam_resnet50_eccv18.eccv18_in1k': _eccv18_cfg(
+        url='https://github.com/osmr/imgclsmob/releases/download/v0.0.125/cbam_resnet50-0605-a1172fe6.pth.zip',
+        license='mit', origin_url='https://github.com/Jongchan/attention-module',
+        notes=('Checkpoint of the authors, converted by osmr/imgclsmob.',)),
     'cbam_resnet101_eccv18.untrained': _eccv18_cfg(),
     'cbam_resnet152_eccv18.untrained': _eccv18_cfg(),
 })
@@ -165,7 +196,7 @@ default_cfgs = generate_default_cfgs({
 def _eccv18_args(kwargs: Dict[str, Any]) -> Dict[str, Any]:
     """Put the caller's arguments, cbam_args one by one, over those of the authors' released code."""
     cbam_args = dict(dict(mlp_bias=True, spatial_norm=True), **(kwargs.get('cbam_args') or {}))
-    return dict(dict(zero_init_last=False), **dict(kwargs, cbam_args=cbam_args))
+    return dict(dict(zero_init_last=False, kaiming_head=True), **dict(kwargs, cbam_args=cbam_args))
 
 
 @register_model

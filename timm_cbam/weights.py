@@ -3,13 +3,21 @@
 Every published CBAM-ResNet names its weights in its own way. The table below says how each is recognised and renamed;
 what is left to convert are the MLP's linear weights (here 1x1 convolutions) and the order in which the spatial
 attention concatenates its two poolings (here average, maximum, as in the paper's equation 3).
+
+The weights of a plain ResNet get gates that let everything through, see :func:`_warm_start`.
 """
+import logging
+import math
 import re
 from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from timm.models import clean_state_dict
 from torch import nn
+
+from .layers import Cbam
+
+_logger = logging.getLogger(__name__)
 
 __all__ = ['convert_state_dict']
 
@@ -105,12 +113,16 @@ def describe_layout(state_dict: Mapping[str, Any]) -> str:
         return f'The state dict has the layout of {layout.name}, which fits {layout.fits}.'
     if any('.se.channel.' in key or '.se.spatial.' in key for key in state_dict):
         return "The state dict has this package's layout, of another depth, stem or cbam_args."
-    if 'layer1.0.conv1.weight' in state_dict:
-        return 'The state dict looks like a plain ResNet: it has no attention weights.'
+    if _is_plain_resnet(state_dict):
+        return 'The state dict looks like a plain ResNet, of another depth, width or stem.'
     return f'The state dict has no layout of a CBAM-ResNet, its keys are {", ".join(list(state_dict)[:4])}, ...'
 
 
-def to_native_layout(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def _is_plain_resnet(state_dict: Mapping[str, Any]) -> bool:
+    return 'layer1.0.conv1.weight' in state_dict and not any('.se.' in key for key in state_dict)
+
+
+def _to_native_layout(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rename and reorder the weights of any known layout, return those of an unknown one as they are."""
     state_dict = _unwrap(state_dict)
     layout = _find_layout(state_dict)
@@ -128,12 +140,73 @@ def to_native_layout(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     return out
 
 
+def _gate_at_zero(gate: nn.Module) -> float:
+    value = float(gate(torch.zeros(1)))
+    if math.frexp(value)[0] != 0.5:
+        raise RuntimeError(
+            f"gate_layer {type(gate).__name__} is {value:g} at zero, which is no power of two: the weights of a plain "
+            f"ResNet cannot be continued exactly. Choose gate_layer='sigmoid' or 'hard_sigmoid', or start without "
+            f"these weights.")
+    return value
+
+
+def _warm_start(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
+    """Add attention to the weights of a plain ResNet such that the network computes the same, bit for bit.
+
+    The last layer of each gate is zero, so that a gate is sigma(0) = 1/2 everywhere. The last batch-norm of the block
+    makes up for it: its weight and bias are multiplied by 2 for each gate, and powers of two are exact in binary
+    floating point. Gradients reach the zeros at the first step, because what they are multiplied with is not zero. A
+    batch-norm after the spatial convolution is set to zero in the convolution's place, for two zeros in a row would
+    never learn.
+    """
+    stem, own_stem = state_dict.get('conv1.weight'), model.state_dict().get('conv1.weight')
+    if stem is not None and own_stem is not None and stem.shape[2:] != own_stem.shape[2:]:
+        raise RuntimeError(
+            f'The state dict is that of a plain ResNet whose stem is a {stem.shape[2]}x{stem.shape[3]} convolution, '
+            f'the model has a {own_stem.shape[2]}x{own_stem.shape[3]} one. Load it into a model with the same stem '
+            f"(without '_s1' in its name).")
+    out = dict(state_dict)
+    for name, block in model.named_modules():
+        attention = getattr(block, 'se', None)
+        if not isinstance(attention, Cbam):
+            continue
+        for key, value in attention.state_dict(prefix=f'{name}.se.').items():
+            out[key] = value.detach().clone()
+        factor = 1.
+        for part in (attention.channel, attention.spatial):
+            if not isinstance(part, nn.Identity):
+                factor /= _gate_at_zero(part.gate)
+        closing = [f'{name}.se.channel.fc2']
+        closing.append(f'{name}.se.spatial.' + ('bn' if f'{name}.se.spatial.bn.weight' in out else 'conv'))
+        for key in (f'{layer}.{kind}' for layer in closing for kind in ('weight', 'bias')):
+            if key in out:
+                out[key].zero_()
+        norm_name = 'bn3' if hasattr(block, 'bn3') else 'bn2'
+        if getattr(getattr(block, norm_name), 'weight', None) is None:
+            raise RuntimeError(
+                f'{name}.{norm_name} has no weight, which would have to make up for the gates: the weights of a plain '
+                f'ResNet cannot be continued exactly. Choose a norm_layer with an affine part.')
+        for key in (f'{name}.{norm_name}.weight', f'{name}.{norm_name}.bias'):
+            if key in out:
+                out[key] = out[key] * factor
+    _logger.info('Weights of a plain ResNet: attention starts such that the network computes the same.')
+    return out
+
+
+def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+    """Bring a state dict of any known layout, or of a plain ResNet, into the model's; others stay as they are."""
+    state_dict = _to_native_layout(state_dict)
+    return _warm_start(state_dict, model) if _is_plain_resnet(state_dict) else state_dict
+
+
 def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Convert a checkpoint of any known CBAM-ResNet layout for a model of this package.
 
     Known are the layouts of this package, the reproduction article, luuuyi/CBAM.PyTorch, Jongchan/attention-module
-    (the authors' code), pytorchcv, and timm's ``attn_layer='cbam'``. The classifier may be missing and tensors may have
-    other shapes than the model's, so that timm's adaptation to other ``num_classes`` and ``in_chans`` can follow.
+    (the authors' code), pytorchcv, and timm's ``attn_layer='cbam'``. A plain ResNet's (timm's, torchvision's) is
+    completed with gates such that the model computes exactly what the ResNet does. The classifier may be missing and
+    tensors may have other shapes than the model's, so that timm's adaptation to other ``num_classes`` and ``in_chans``
+    can follow.
 
     Args:
         state_dict: State dict, also as a training checkpoint's ``state_dict`` or with ``module.`` before its keys.
@@ -144,8 +217,9 @@ def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[
 
     Raises:
         RuntimeError: If weights of the model are missing or others are left over; says which layout it looks like.
+            Also if a plain ResNet cannot be continued exactly, because of the stem, gate_layer or norm_layer.
     """
-    out = dict(to_native_layout(state_dict))
+    out = dict(adapt_state_dict(state_dict, model))
     expected = model.state_dict()
     head = f'{model.get_classifier(name_only=True)}.'
     # BatchNorm2d itself fills in counters, which checkpoints from before PyTorch 0.4.1 do not have

@@ -1,0 +1,209 @@
+"""The weights of a plain ResNet are not lost: the CBAM-ResNet computes the same, bit for bit, and then learns"""
+import functools
+import http.server
+import threading
+import zipfile
+
+import pytest
+import timm
+import torch
+from helpers import liven
+from hub_server import HubServer
+from safetensors.torch import save as save_safetensors
+from safetensors.torch import save_file
+from test_hub import run
+from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
+from torch.nn import functional as F
+
+DEPTHS = (18, 34, 50, 101, 152)
+
+
+def images(size=64, chans=3, dtype=torch.float32):
+    return torch.randn(2, chans, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def plain(name='resnet18', **kwargs):
+    torch.manual_seed(0)
+    return liven(timm.create_model(name, **kwargs))
+
+
+def warm(state_dict, name='cbam_resnet18', **kwargs):
+    overlay = dict(state_dict={k: v.clone() for k, v in state_dict.items()})
+    return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
+
+
+@pytest.mark.parametrize('depth', DEPTHS)
+def test_tags_are_those_of_timm(depth):
+    base, ours = f'resnet{depth}', get_arch_pretrained_cfgs(f'cbam_resnet{depth}')
+    theirs = get_arch_pretrained_cfgs(base)
+    assert set(ours) == {f'cbam_{base}.warm_{cfg.tag}' for cfg in theirs.values()} and len(ours) >= 5
+    for cfg in theirs.values():
+        expected = dict(cfg.to_dict(), architecture=f'cbam_{base}', tag=f'warm_{cfg.tag}')
+        assert ours[f'cbam_{base}.warm_{cfg.tag}'].to_dict() == expected
+    assert get_pretrained_cfg(f'cbam_{base}').tag == f'warm_{get_pretrained_cfg(base).tag}'
+
+
+@pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'channels_last'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize('depth', [18, 50])
+def test_bitwise_equal(depth, dtype, channels_last):
+    theirs = plain(f'resnet{depth}')
+    ours = warm(theirs.state_dict(), f'cbam_resnet{depth}')
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    x = images(dtype=dtype).to(memory_format=memory_format)
+    for model in (theirs, ours):
+        model.to(dtype=dtype, memory_format=memory_format)
+    for training in (False, True):
+        assert torch.equal(ours.train(training)(x), theirs.train(training)(x))
+    assert theirs(x).std() > 0
+
+
+@pytest.mark.parametrize('kwargs', [
+    dict(in_chans=1), dict(in_chans=4), dict(output_stride=8), dict(features_only=True), dict(num_classes=3),
+    dict(num_classes=0), dict(features_only=True, in_chans=1, out_indices=(1, 4)),
+], ids=str)
+def test_bitwise_equal_adapted(kwargs):
+    theirs = warm(plain().state_dict(), 'resnet18', **kwargs)
+    ours = warm(plain().state_dict(), 'cbam_resnet18', **kwargs)
+    x = images(chans=kwargs.get('in_chans', 3))
+    if 'features_only' in kwargs:
+        assert all(torch.equal(a, b) for a, b in zip(ours(x), theirs(x), strict=True))
+    else:
+        assert torch.equal(ours.forward_features(x), theirs.forward_features(x))
+    gates = [v for k, v in ours.state_dict().items() if k.endswith(('se.channel.fc2.weight', 'se.spatial.conv.weight'))]
+    assert len(gates) == 16 and not any(v.any() for v in gates)
+
+
+@pytest.mark.parametrize('cbam_args', [
+    dict(spatial_norm=True), dict(mlp_bias=True), dict(mlp_bias=True, spatial_norm=True), dict(kernel_size=3),
+    dict(rd_ratio=0.125), dict(channel_pooling='max'), dict(spatial_pooling='avg'), dict(gate_layer='hard_sigmoid'),
+    *(dict(arrangement=a, spatial_norm=n)
+      for a in ('spatial_channel', 'parallel', 'channel', 'spatial') for n in (False, True)),
+], ids=str)
+def test_bitwise_equal_and_learns_for_every_variant(cbam_args):
+    theirs = plain()
+    ours = warm(theirs.state_dict(), cbam_args=cbam_args)
+    x = images()
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours.train()(x), theirs.train()(x))
+    optimizer = torch.optim.SGD(ours.parameters(), lr=0.01)
+    gates = {k: v for k, v in ours.named_parameters() if '.se.' in k}
+    before = {k: v.detach().clone() for k, v in gates.items()}
+    F.cross_entropy(ours(x), torch.tensor([1, 2])).backward()
+    optimizer.step()
+    last = ('.channel.fc2.', '.spatial.bn.' if cbam_args.get('spatial_norm') else '.spatial.conv.')
+    for key, value in gates.items():
+        if any(layer in key for layer in last):
+            assert not torch.equal(value, before[key]), key
+    # what stands before a layer of zeros has no gradient until that layer has moved
+    optimizer.zero_grad()
+    F.cross_entropy(ours(x), torch.tensor([1, 2])).backward()
+    assert all(value.grad.any() for value in gates.values())
+
+
+@pytest.mark.parametrize('load', [
+    lambda file: timm.create_model('cbam_resnet18', checkpoint_path=file),  # train.py --initial-checkpoint
+    lambda file: timm.create_model(  # train.py --pretrained-path
+        'cbam_resnet18', pretrained=True, pretrained_cfg_overlay=dict(file=file)),
+], ids=['checkpoint_path', 'pretrained_path'])
+@pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
+def test_from_file_of_torchvision(load, suffix, tmp_path):
+    torchvision = pytest.importorskip('torchvision')  # a dependency of timm
+    torch.manual_seed(0)
+    theirs = liven(torchvision.models.resnet18())
+    file = str(tmp_path / f'resnet18{suffix}')
+    (save_file if suffix == '.safetensors' else torch.save)(theirs.state_dict(), file)
+    assert torch.equal(load(file).eval()(images()), theirs(images()))
+
+
+@pytest.mark.parametrize('strict', [True, False])
+def test_load_state_dict(strict):
+    theirs, ours = plain(), timm.create_model('cbam_resnet18').eval()
+    ours.load_state_dict(theirs.state_dict(), strict=strict)
+    assert torch.equal(ours(images()), theirs(images()))
+
+
+@pytest.mark.parametrize('name,kwargs,message', [
+    ('cbam_resnet18', dict(cbam_args=dict(gate_layer='tanh')), 'gate_layer Tanh is 0 at zero.*hard_sigmoid'),
+    ('cbam_resnet18', dict(norm_layer=functools.partial(torch.nn.BatchNorm2d, affine=False), zero_init_last=False),
+     'layer1.0.bn2 has no weight.*norm_layer'),
+    ('cbam_resnet18_s1', {}, "stem is a 7x7 convolution, the model has a 3x3.*without '_s1'"),
+])
+def test_impossible(name, kwargs, message):
+    model = timm.create_model(name, **kwargs)
+    with pytest.raises(RuntimeError, match=f'(?s){message}'):
+        model.load_state_dict(plain().state_dict())
+
+
+def test_no_weights_for_small_stem():
+    with pytest.raises(RuntimeError, match='No pretrained weights exist for cbam_resnet18_s1. Use `pretrained=False`'):
+        timm.create_model('cbam_resnet18_s1', pretrained=True)
+
+
+def test_default_tag_from_hub(tmp_path):
+    """`pretrained=True`, nothing else, against a Hub on loopback that holds timm's repository."""
+    theirs = plain('resnet18')
+    with HubServer() as hub:
+        file = hub.store(save_safetensors({k: v.contiguous() for k, v in theirs.state_dict().items()}))
+        hub.repos['timm/resnet18.a1_in1k'] = {'main': {'model.safetensors': file}}
+        torch.save(images(), tmp_path / 'x.pt')
+        run(f'''
+            import timm, torch
+            model = timm.create_model('cbam_resnet18', pretrained=True).eval()
+            torch.save(model(torch.load({str(tmp_path / 'x.pt')!r})), {str(tmp_path / 'logits.pt')!r})
+        ''', **hub.env, HF_HOME=str(tmp_path / 'hf'))
+    assert torch.equal(torch.load(tmp_path / 'logits.pt'), theirs(images()))
+
+
+@pytest.fixture(scope='module')
+def pytorchcv_release(tmp_path_factory):
+    """pytorchcv's own network, and the url of its weights in the form that its releases have."""
+    from pytorchcv.model_provider import get_model
+
+    folder = tmp_path_factory.mktemp('release')
+    torch.manual_seed(0)
+    network = liven(get_model('cbam_resnet50'))
+    torch.save(network.state_dict(), folder / 'cbam_resnet50-0505-d8cf8488.pth')
+    with zipfile.ZipFile(folder / 'cbam_resnet50-0505-d8cf8488.pth.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+        z.write(folder / 'cbam_resnet50-0505-d8cf8488.pth', 'cbam_resnet50-0505-d8cf8488.pth')
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Handler, directory=str(folder)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield network, f'http://127.0.0.1:{server.server_port}/'
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize('tag', ['osmr_in1k', 'eccv18_in1k'])
+def test_trained_weights_are_registered(tag):
+    cfg = get_pretrained_cfg(f'cbam_resnet50_eccv18.{tag}')
+    assert cfg.url.startswith('https://github.com/osmr/imgclsmob/releases/download/v0.0.') and cfg.license == 'mit'
+    assert get_pretrained_cfg('cbam_resnet50_eccv18').tag == 'osmr_in1k'
+
+
+def test_trained_weights_by_url(pytorchcv_release, tmp_path, monkeypatch):
+    network, address = pytorchcv_release
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+    file = get_pretrained_cfg('cbam_resnet50_eccv18').url.rsplit('/')[-1]
+    create = functools.partial(
+        timm.create_model, 'cbam_resnet50_eccv18', pretrained=True, pretrained_cfg_overlay=dict(url=address + file))
+    ours = create().eval()
+    x = images(224)
+    torch.testing.assert_close(ours(x), network(x), rtol=1e-4, atol=1e-4 * network(x).abs().max().item())
+    whole = ours.state_dict()
+    for kwargs in (dict(num_classes=5), dict(in_chans=1), dict(features_only=True)):
+        part = create(**kwargs).state_dict()
+        assert sum('.se.' in k for k in part) == sum('.se.' in k for k in whole) > 0
+        for key, value in part.items():
+            if '.se.' in key or '.bn' in key:
+                assert torch.equal(value, whole[key.replace('layer1_', 'layer1.')]), key
+
+
+def test_eccv18_classifier_starts_as_in_the_authors_code():
+    torch.manual_seed(0)
+    fc = timm.create_model('cbam_resnet18_eccv18').fc
+    assert not fc.bias.any() and abs(fc.weight.std().item() / (2 / 512) ** 0.5 - 1) < 0.01
