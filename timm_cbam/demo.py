@@ -166,19 +166,19 @@ def run_demo(
         FileExistsError: If something else than a model folder is at output.
     """
     device = torch.device(device or _best_device())
-    random_seed(seed)
     labels: List[str] = [str(digit) for digit in range(10)]
-    model = create_model(
-        model_name,
-        pretrained_cfg_overlay=dict(
-            tag='digits', description='Handwritten digits of scikit-learn.',
-            num_classes=len(labels), label_names=labels,
-            input_size=(1, _IMG_SIZE, _IMG_SIZE), pool_size=None, mean=(0.5,), std=(0.5,), crop_pct=1.0,
-            interpolation='bilinear'),
-    ).to(device)
-
     with staged_folder(output) as folder, TemporaryDirectory() as root:
         _write_digits(Path(root))
+        # only now, for what the data's libraries do when imported draws random numbers too
+        random_seed(seed)
+        model = create_model(
+            model_name,
+            pretrained_cfg_overlay=dict(
+                tag='digits', description='Handwritten digits of scikit-learn.',
+                num_classes=len(labels), label_names=labels,
+                input_size=(1, _IMG_SIZE, _IMG_SIZE), pool_size=None, mean=(0.5,), std=(0.5,), crop_pct=1.0,
+                interpolation='bilinear'),
+        ).to(device)
         train_loader = _create_loader(Path(root), 'train', model, device)
         test_loader = _create_loader(Path(root), 'validation', model, device)
         print(
