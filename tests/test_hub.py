@@ -1,14 +1,10 @@
 import json
-import os
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import liven
+from helpers import liven, run
 from hub_server import HubServer
 from timm.models import save_for_hf
 
@@ -56,13 +52,6 @@ def test_save_model(model, x, tmp_path):
     config = json.loads((tmp_path / 'config.json').read_text())
     assert config['num_classes'] == model.num_classes and 'num_classes' not in config.get('model_args', {})
     assert config.get('model_args', {}).get('cbam_args') == MODELS[config['architecture']].get('cbam_args')
-
-
-def run(code, **env):
-    result = subprocess.run(
-        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, **env})
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 @pytest.mark.parametrize('model', ['cbam_resnet18_eccv18', 'cbam_resnet50'], indirect=True)

@@ -32,7 +32,13 @@ def test_parameters(name):
     assert isinstance(model, CbamResNet)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     cfg = model.pretrained_cfg
-    assert cfg['architecture'] == name and cfg['paper_ids'] and cfg['license']
+    assert cfg['architecture'] == name
+    if cfg['tag'].startswith('warm_'):  # the paper and license of timm's weights
+        theirs = timm.get_pretrained_cfg(name.replace('cbam_', ''))
+        assert (cfg['paper_ids'], cfg['license']) == (theirs.paper_ids, theirs.license)
+    else:
+        assert cfg['paper_ids'] == 'arXiv:1807.06521'
+        assert cfg['license'] == ('mit' if cfg.get('url') else 'apache-2.0')
 
 
 @pytest.mark.parametrize('source,name,case', [pytest.param(*c, id=f'{c[0]}-{c[1]}') for c in golden_cases()])

@@ -7,24 +7,22 @@ import zipfile
 import pytest
 import timm
 import torch
-from helpers import liven
+import torchvision
+from helpers import liven, run
 from hub_server import HubServer
 from safetensors.torch import save as save_safetensors
 from safetensors.torch import save_file
-from test_hub import run
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch.nn import functional as F
-
-DEPTHS = (18, 34, 50, 101, 152)
 
 
 def images(size=64, chans=3, dtype=torch.float32):
     return torch.randn(2, chans, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def plain(name='resnet18', **kwargs):
+def plain(name='resnet18'):
     torch.manual_seed(0)
-    return liven(timm.create_model(name, **kwargs))
+    return liven(timm.create_model(name))
 
 
 def warm(state_dict, name='cbam_resnet18', **kwargs):
@@ -32,7 +30,7 @@ def warm(state_dict, name='cbam_resnet18', **kwargs):
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
 
-@pytest.mark.parametrize('depth', DEPTHS)
+@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
 def test_tags_are_those_of_timm(depth):
     base, ours = f'resnet{depth}', get_arch_pretrained_cfgs(f'cbam_resnet{depth}')
     theirs = get_arch_pretrained_cfgs(base)
@@ -108,7 +106,6 @@ def test_bitwise_equal_and_learns_for_every_variant(cbam_args):
 ], ids=['checkpoint_path', 'pretrained_path'])
 @pytest.mark.parametrize('suffix', ['.pth', '.safetensors'])
 def test_from_file_of_torchvision(load, suffix, tmp_path):
-    torchvision = pytest.importorskip('torchvision')  # a dependency of timm
     torch.manual_seed(0)
     theirs = liven(torchvision.models.resnet18())
     file = str(tmp_path / f'resnet18{suffix}')

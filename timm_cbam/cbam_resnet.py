@@ -116,8 +116,9 @@ class CbamResNet(ResNet):
         Raises:
             RuntimeError: If the state dict does not fit (strict); says which layout it looks like.
         """
+        native = adapt_state_dict(state_dict, self)
         try:
-            return super().load_state_dict(adapt_state_dict(state_dict, self), strict=strict, assign=assign)
+            return super().load_state_dict(native, strict=strict, assign=assign)
         except RuntimeError as e:
             raise RuntimeError(f'{e}\n\t{describe_layout(state_dict)}') from None
 

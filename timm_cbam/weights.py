@@ -159,7 +159,7 @@ def _warm_start(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, An
     batch-norm after the spatial convolution is set to zero in the convolution's place, for two zeros in a row would
     never learn.
     """
-    stem, own_stem = state_dict.get('conv1.weight'), model.state_dict().get('conv1.weight')
+    stem, own_stem = state_dict.get('conv1.weight'), getattr(model.conv1, 'weight', None)
     if stem is not None and own_stem is not None and stem.shape[2:] != own_stem.shape[2:]:
         raise RuntimeError(
             f'The state dict is that of a plain ResNet whose stem is a {stem.shape[2]}x{stem.shape[3]} convolution, '
@@ -170,22 +170,20 @@ def _warm_start(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, An
         attention = getattr(block, 'se', None)
         if not isinstance(attention, Cbam):
             continue
-        for key, value in attention.state_dict(prefix=f'{name}.se.').items():
-            out[key] = value.detach().clone()
         factor = 1.
         for part in (attention.channel, attention.spatial):
             if not isinstance(part, nn.Identity):
                 factor /= _gate_at_zero(part.gate)
-        closing = [f'{name}.se.channel.fc2']
-        closing.append(f'{name}.se.spatial.' + ('bn' if f'{name}.se.spatial.bn.weight' in out else 'conv'))
-        for key in (f'{layer}.{kind}' for layer in closing for kind in ('weight', 'bias')):
-            if key in out:
-                out[key].zero_()
         norm_name = 'bn3' if hasattr(block, 'bn3') else 'bn2'
-        if getattr(getattr(block, norm_name), 'weight', None) is None:
+        if getattr(block, norm_name).weight is None:
             raise RuntimeError(
                 f'{name}.{norm_name} has no weight, which would have to make up for the gates: the weights of a plain '
                 f'ResNet cannot be continued exactly. Choose a norm_layer with an affine part.')
+        gates = attention.state_dict()
+        last = ('channel.fc2.', 'spatial.bn.' if 'spatial.bn.weight' in gates else 'spatial.conv.')
+        for key, value in gates.items():
+            zero = key.startswith(last) and key.endswith(('weight', 'bias'))
+            out[f'{name}.se.{key}'] = torch.zeros_like(value) if zero else value.clone()
         for key in (f'{name}.{norm_name}.weight', f'{name}.{norm_name}.bias'):
             if key in out:
                 out[key] = out[key] * factor
