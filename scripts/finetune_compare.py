@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """What becomes of a ResNet's weights when CBAM is added: fine-tuning curves on real data, several seeds
 
-A plain ResNet is trained on the digits 0 to 4 of scikit-learn's handwritten digits (real scans, 8x8 pixels, upsampled)
-and then fine-tuned on a few images of each of the digits 5 to 9, in three ways: as it is; with CBAM as everybody inserts
-it, at its default initialisation; with this package's warm start. Data, order of the batches, optimizer and initial
-classifier are the same for all three in each seed. Writes the accuracy on the held-out digits after every epoch as CSV,
-a picture and a table in Markdown.
+A plain ResNet is trained on the digits 0 to 4 of scikit-learn's handwritten digits (real scans, 8x8 pixels,
+upsampled) and then fine-tuned on a few images of each of the digits 5 to 9, in three ways: as it is; with CBAM as
+everybody inserts it, at its default initialisation; with this package's warm start. Data, order of the batches,
+optimizer and initial classifier are the same for all three in each seed. Writes the accuracy on the held-out digits
+after every epoch as CSV, a picture, and a table in Markdown.
 """
 import argparse
 import csv
@@ -129,6 +129,7 @@ def _draw(rows: List[Dict[str, object]], args: argparse.Namespace, file: Path) -
             epochs, [m - d for m, d in zip(mean, deviation, strict=True)],
             [m + d for m, d in zip(mean, deviation, strict=True)], color=color, alpha=0.15, linewidth=0)
     ax.set_xlabel('epoch')
+    ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylabel('accuracy on held-out digits, %')
     ax.set_title(
         f'{args.model} trained on digits 0-4, fine-tuned on {args.shots} images each of 5-9\n'
@@ -153,7 +154,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='resnet18', help="timm's plain ResNet; 'cbam_' before it is compared")
     parser.add_argument('--seeds', type=int, default=5, help='number of seeds, 2 or more')
-    parser.add_argument('--pretrain-epochs', type=int, default=5)
+    parser.add_argument('--pretrain-epochs', type=int, default=10)
     parser.add_argument('--epochs', type=int, default=20)
     parser.add_argument('--shots', type=int, default=20, help='images of each digit to fine-tune on')
     parser.add_argument('--img-size', type=int, default=64)

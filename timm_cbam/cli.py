@@ -7,6 +7,7 @@ import torch
 from timm.models import create_model, get_arch_pretrained_cfgs, list_models
 
 from . import __version__
+from .weights import LAYOUTS
 
 __all__ = ['main']
 
@@ -61,6 +62,12 @@ def _demo(args: argparse.Namespace) -> None:
     run_demo(args.output, epochs=args.epochs, seed=args.seed, device=args.device, model_name=args.model)
 
 
+def _convert(args: argparse.Namespace) -> None:
+    from .convert import convert
+
+    convert(args.src, args.dst, model_name=args.model, to=args.to, verify=args.verify)
+
+
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-cbam', description='CBAM-ResNets for timm.')
     parser.add_argument('--version', action='version', version=f'timm-cbam {__version__}')
@@ -78,6 +85,22 @@ def _create_parser() -> argparse.ArgumentParser:
     command.add_argument('--device', type=_device, help='device to train on, None for the best there is')
     command.add_argument('--model', type=_model_name, default='cbam_resnet18_s1', help='model to train')
     command.set_defaults(run=_demo)
+
+    command = commands.add_parser(
+        'convert', help='make a checkpoint of other CBAM code, or of a plain ResNet, loadable with timm; or back',
+        description='Recognise layout, depth, stem, arguments and number of classes of a checkpoint, and write it as a '
+        'folder in the format of the Hugging Face Hub, which timm loads as local-dir:DST. With --to, write a '
+        'checkpoint for other CBAM code.')
+    command.add_argument('src', metavar='SRC', help='checkpoint: .pth, .pth.tar, .bin or .safetensors')
+    command.add_argument('dst', metavar='DST', help='folder to write, a former one is replaced; with --to a new file')
+    command.add_argument('--model', type=_model_name, help='model that SRC is meant for, None to recognise it')
+    command.add_argument(
+        '--to', choices=[name for name, layout in LAYOUTS.items() if layout.exports],
+        help='write a checkpoint for: ' + ', '.join(f'{k} = {v.name}' for k, v in LAYOUTS.items() if v.exports))
+    command.add_argument(
+        '--verify', action='store_true',
+        help='compute an image with the checkpoint, by the rules of its own code, and with what was written')
+    command.set_defaults(run=_convert)
     return parser
 
 

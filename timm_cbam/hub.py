@@ -5,10 +5,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterator, Optional, Union
 
+from huggingface_hub import EvalResult, ModelCardData
 from timm.models import save_for_hf
 from torch import nn
 
-__all__ = ['save_model', 'staged_folder']
+__all__ = ['model_card', 'save_model', 'staged_file', 'staged_folder']
 
 _FILES = {'config.json', 'model.safetensors', 'README.md', 'demo.png'}  # what a folder may hold that is replaced
 
@@ -39,6 +40,26 @@ def staged_folder(folder: Union[str, Path]) -> Iterator[Path]:
         new.rename(folder)
 
 
+@contextmanager
+def staged_file(file: Union[str, Path]) -> Iterator[Path]:
+    """Write a new file so that it appears whole or not at all.
+
+    Yields:
+        Temporary path beside it, which takes its name at the end.
+
+    Raises:
+        FileExistsError: If there is one already.
+    """
+    file = Path(file)
+    if file.exists():
+        raise FileExistsError(f'{file} exists; remove it or choose another name.')
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f'.{file.name}-', dir=file.parent) as tmp:
+        staged = Path(tmp, file.name)
+        yield staged
+        staged.rename(file)
+
+
 def save_model(model: nn.Module, folder: Union[str, Path], model_args: Optional[Dict[str, Any]] = None) -> None:
     """Write model.safetensors and config.json as `timm.models.save_for_hf` does, in a form that transformers loads too.
 
@@ -54,3 +75,78 @@ def save_model(model: nn.Module, folder: Union[str, Path], model_args: Optional[
     # transformers' TimmWrapper passes num_classes itself and fails on a second one; timm reads the top level's
     config.get('model_args', {}).pop('num_classes', None)
     config_file.write_text(json.dumps(config, indent=2) + '\n')
+
+
+_CITATION = """@inproceedings{woo2018cbam,
+  title     = {{CBAM}: Convolutional Block Attention Module},
+  author    = {Woo, Sanghyun and Park, Jongchan and Lee, Joon-Young and Kweon, In So},
+  booktitle = {Proceedings of the European Conference on Computer Vision (ECCV)},
+  year      = {2018}
+}"""
+
+
+def model_card(
+        folder: Union[str, Path],
+        name: str,
+        source: str,
+        description: str,
+        license: Optional[str] = None,
+        dataset: Optional[str] = None,
+        metrics: Optional[Dict[str, float]] = None,
+        base_model: Optional[str] = None,
+) -> str:
+    """Model card, the README.md of a model on the Hub: metadata, what the model is, how to use it, whom to cite.
+
+    Args:
+        folder: Folder with the model's config.json.
+        name: Name of the model.
+        source: What `timm.create_model` takes, `hf-hub:...` or `local-dir:...`.
+        description: Where the weights come from.
+        license: License of the weights, as the Hub abbreviates it.
+        dataset: Data set that the metrics were measured on.
+        metrics: Values by the name of the metric, accuracies in percent.
+        base_model: Repository of the model that this one was fine-tuned from.
+    """
+    config = json.loads((Path(folder) / 'config.json').read_text())
+    cfg = config['pretrained_cfg']
+    metrics = metrics or {}
+    results = [EvalResult('image-classification', dataset, dataset, name, value) for name, value in metrics.items()]
+    data = ModelCardData(
+        library_name='timm', pipeline_tag='image-classification', tags=['image-classification', 'timm', 'cbam'],
+        license=license, base_model=base_model, datasets=dataset, model_name=name, eval_results=results or None)
+    measured = ''.join(f'| {metric} | {value:g} |\n' for metric, value in metrics.items())
+    if measured:
+        measured = f'## Results on {dataset}\n\n| metric | value |\n|---|---|\n{measured}\n'
+    return f'''---
+{data.to_yaml()}
+---
+# {name}
+
+{description}
+
+## Model
+
+- **Architecture:** `{config['architecture']}`, a ResNet with CBAM in every block
+- **Arguments:** {f"`{config['model_args']}`" if config.get('model_args') else 'the default ones'}
+- **Classes:** {config['num_classes']}
+- **Preprocessing:** input {'x'.join(map(str, cfg['input_size']))}, crop {cfg['crop_pct']}, \
+{cfg['interpolation']}, mean {cfg['mean']}, std {cfg['std']}
+- **License:** {license or 'that of the weights it was made from'}
+
+{measured}## Use
+
+After `pip install timm-cbam`:
+
+```python
+import timm
+
+model = timm.create_model('{source}', pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)
+```
+
+## Cite
+
+```bibtex
+{_CITATION}
+```
+'''

@@ -9,7 +9,7 @@ The weights of a plain ResNet get gates that let everything through, see :func:`
 import logging
 import math
 import re
-from typing import Any, Dict, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple, Union
 
 import torch
 from timm.models import clean_state_dict
@@ -22,18 +22,20 @@ _logger = logging.getLogger(__name__)
 __all__ = ['convert_state_dict']
 
 
-class _Layout(NamedTuple):
+class Layout(NamedTuple):
     name: str
-    fits: str  # the models that such a checkpoint fits
+    family: str  # such a checkpoint fits cbam_resnet*<family>
     mark: str  # pattern found in this layout's keys only
-    renames: Tuple[Tuple[str, str], ...]
+    renames: Tuple[Tuple[str, Union[str, Callable]], ...]
+    exports: Tuple[Tuple[str, Union[str, Callable]], ...] = ()  # the same the other way
     max_first: bool = False  # the spatial attention concatenates maximum, average
+    linear: bool = False  # the MLP's weights are 2-d
 
 
-_LAYOUTS = (
-    _Layout(
+LAYOUTS = {
+    'article': Layout(
         'the reproduction article',
-        'cbam_resnet*_s1',
+        '_s1',
         r'^layer\d+\.\d+\.channel\.fc1\.',
         (
             (r'\.channel\.', '.se.channel.'),
@@ -41,31 +43,48 @@ _LAYOUTS = (
             (r'\.shortcut\.', '.downsample.'),
             (r'^linear\.', 'fc.'),
         ),
+        (
+            (r'\.se\.channel\.', '.channel.'),
+            (r'\.se\.spatial\.conv\.', '.spatial.conv1.'),
+            (r'\.downsample\.', '.shortcut.'),
+            (r'^fc\.', 'linear.'),
+        ),
     ),
-    _Layout(
+    'community': Layout(
         'luuuyi/CBAM.PyTorch',
-        'cbam_resnet*',
+        '',
         r'\.ca\.fc\.0\.',
         (
             (r'\.ca\.fc\.0\.', '.se.channel.fc1.'),
             (r'\.ca\.fc\.2\.', '.se.channel.fc2.'),
             (r'\.sa\.conv1\.', '.se.spatial.conv.'),
         ),
+        (
+            (r'\.se\.channel\.fc1\.', '.ca.fc.0.'),
+            (r'\.se\.channel\.fc2\.', '.ca.fc.2.'),
+            (r'\.se\.spatial\.conv\.', '.sa.conv1.'),
+        ),
     ),
-    _Layout(
+    'official': Layout(
         'Jongchan/attention-module (the authors)',
-        'cbam_resnet*_eccv18',
+        '_eccv18',
         r'\.cbam\.ChannelGate\.',
         (
             (r'\.cbam\.ChannelGate\.mlp\.1\.', '.se.channel.fc1.'),
             (r'\.cbam\.ChannelGate\.mlp\.3\.', '.se.channel.fc2.'),
             (r'\.cbam\.SpatialGate\.spatial\.', '.se.spatial.'),
         ),
+        (
+            (r'\.se\.channel\.fc1\.', '.cbam.ChannelGate.mlp.1.'),
+            (r'\.se\.channel\.fc2\.', '.cbam.ChannelGate.mlp.3.'),
+            (r'\.se\.spatial\.', '.cbam.SpatialGate.spatial.'),
+        ),
         max_first=True,
+        linear=True,
     ),
-    _Layout(
+    'pytorchcv': Layout(
         'pytorchcv (osmr/imgclsmob)',
-        'cbam_resnet*_eccv18',
+        '_eccv18',
         r'\.cbam\.ch_gate\.',
         (
             (r'^features\.init_block\.conv\.conv\.', 'conv1.'),
@@ -78,25 +97,41 @@ _LAYOUTS = (
             (r'\.cbam\.sp_gate\.conv\.', '.se.spatial.'),
             (r'^output\.', 'fc.'),
         ),
+        (
+            (r'^conv1\.', 'features.init_block.conv.conv.'),
+            (r'^bn1\.', 'features.init_block.conv.bn.'),
+            (r'\.(conv|bn)(\d)\.', r'.body.conv\2.\1.'),
+            (r'^layer(\d+)\.(\d+)\.', lambda m: f'features.stage{m[1]}.unit{int(m[2]) + 1}.'),
+            (r'\.downsample\.0\.', '.identity_conv.conv.'),
+            (r'\.downsample\.1\.', '.identity_conv.bn.'),
+            (r'\.se\.channel\.', '.cbam.ch_gate.mlp.'),
+            (r'\.se\.spatial\.', '.cbam.sp_gate.conv.'),
+            (r'^fc\.', 'output.'),
+        ),
         max_first=True,
+        linear=True,
     ),
-    _Layout(
+    'timm': Layout(
         "timm's block_args=dict(attn_layer='cbam')",
-        'cbam_resnet* with cbam_args=dict(spatial_norm=True)',
+        ' with cbam_args=dict(spatial_norm=True)',
         r'\.se\.spatial\.conv\.bn\.',
         ((r'\.se\.spatial\.conv\.(conv|bn)\.', r'.se.spatial.\1.'),),
     ),
-)
+}
 
 
-def _find_layout(state_dict: Mapping[str, Any]) -> Optional[_Layout]:
-    for layout in _LAYOUTS:
+_MLP_WEIGHT = r'\.se\.channel\.fc[12]\.weight$'
+_SPATIAL_WEIGHT = '.se.spatial.conv.weight'
+
+
+def find_layout(state_dict: Mapping[str, Any]) -> Optional[Layout]:
+    for layout in LAYOUTS.values():
         if any(re.search(layout.mark, key) for key in state_dict):
             return layout
     return None
 
 
-def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Take the weights out of a training checkpoint and of DistributedDataParallel's and torch.compile's names."""
     if isinstance(state_dict.get('state_dict'), Mapping):
         state_dict = state_dict['state_dict']
@@ -107,36 +142,60 @@ def _unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 
 def describe_layout(state_dict: Mapping[str, Any]) -> str:
     """Say in a sentence what a state dict looks like, for error messages."""
-    state_dict = _unwrap(state_dict)
-    layout = _find_layout(state_dict)
+    state_dict = unwrap(state_dict)
+    layout = find_layout(state_dict)
     if layout is not None:
-        return f'The state dict has the layout of {layout.name}, which fits {layout.fits}.'
+        return f'The state dict has the layout of {layout.name}, which fits cbam_resnet*{layout.family}.'
     if any('.se.channel.' in key or '.se.spatial.' in key for key in state_dict):
         return "The state dict has this package's layout, of another depth, stem or cbam_args."
-    if _is_plain_resnet(state_dict):
+    if any('.se.fc1.' in key for key in state_dict):
+        return 'The state dict looks like an SE-ResNet, whose attention is another.'
+    if is_plain_resnet(state_dict):
         return 'The state dict looks like a plain ResNet, of another depth, width or stem.'
     return f'The state dict has no layout of a CBAM-ResNet, its keys are {", ".join(list(state_dict)[:4])}, ...'
 
 
-def _is_plain_resnet(state_dict: Mapping[str, Any]) -> bool:
+def is_plain_resnet(state_dict: Mapping[str, Any]) -> bool:
     return 'layer1.0.conv1.weight' in state_dict and not any('.se.' in key for key in state_dict)
 
 
-def _to_native_layout(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+def _rename(key: str, patterns: Tuple[Tuple[str, Union[str, Callable]], ...]) -> str:
+    for pattern, replacement in patterns:
+        key = re.sub(pattern, replacement, key)
+    return key
+
+
+def rename_keys(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Give the weights of any known layout this package's names, leave their values and unknown layouts as they are."""
+    state_dict = unwrap(state_dict)
+    layout = find_layout(state_dict)
+    return {_rename(k, layout.renames): v for k, v in state_dict.items()} if layout else state_dict
+
+
+def to_native_layout(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Rename and reorder the weights of any known layout, return those of an unknown one as they are."""
-    state_dict = _unwrap(state_dict)
-    layout = _find_layout(state_dict)
+    state_dict = unwrap(state_dict)
+    layout = find_layout(state_dict)
     if layout is None:
         return state_dict
+    out = dict(rename_keys(state_dict))
+    for key, value in out.items():
+        if re.search(_MLP_WEIGHT, key):
+            out[key] = value.reshape(value.shape[0], -1, 1, 1)
+        elif layout.max_first and key.endswith(_SPATIAL_WEIGHT):
+            out[key] = value.flip(1)
+    return out
+
+
+def from_native_layout(state_dict: Mapping[str, torch.Tensor], layout: Layout) -> Dict[str, torch.Tensor]:
+    """The inverse of :func:`to_native_layout`, for a state dict of a model that the layout's code can build."""
     out = {}
     for key, value in state_dict.items():
-        for pattern, replacement in layout.renames:
-            key = re.sub(pattern, replacement, key)
-        if re.search(r'\.se\.channel\.fc[12]\.weight$', key):
-            value = value.reshape(value.shape[0], -1, 1, 1)
-        elif layout.max_first and key.endswith('.se.spatial.conv.weight'):
+        if layout.linear and re.search(_MLP_WEIGHT, key):
+            value = value.flatten(1)
+        elif layout.max_first and key.endswith(_SPATIAL_WEIGHT):
             value = value.flip(1)
-        out[key] = value
+        out[_rename(key, layout.exports)] = value
     return out
 
 
@@ -193,8 +252,8 @@ def _warm_start(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, An
 
 def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
     """Bring a state dict of any known layout, or of a plain ResNet, into the model's; others stay as they are."""
-    state_dict = _to_native_layout(state_dict)
-    return _warm_start(state_dict, model) if _is_plain_resnet(state_dict) else state_dict
+    state_dict = to_native_layout(state_dict)
+    return _warm_start(state_dict, model) if is_plain_resnet(state_dict) else state_dict
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
