@@ -68,9 +68,20 @@ def relative_error(actual, expected):
     return ((actual - expected).abs().max() / expected.abs().max()).item()
 
 
+def _run(code, env):
+    return subprocess.run(
+        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, **env})
+
+
 def run(code, **env):
     """Run code in a process of its own and return what it prints."""
-    result = subprocess.run(
-        [sys.executable, '-c', textwrap.dedent(code)], capture_output=True, text=True, env={**os.environ, **env})
+    result = _run(code, env)
     assert result.returncode == 0, result.stderr
     return result.stdout
+
+
+def fail(code, **env):
+    """Run code that has to fail in a process of its own and return what it writes to stderr."""
+    result = _run(code, env)
+    assert result.returncode == 1, result.stdout
+    return result.stderr

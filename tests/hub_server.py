@@ -9,7 +9,7 @@ import json
 import re
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Dict
+from typing import Dict, List, Set
 
 TOKEN = 'hf_of_the_loopback_server'
 
@@ -26,6 +26,9 @@ class HubServer(ThreadingHTTPServer):
         self.endpoint = f'http://127.0.0.1:{self.server_port}'
         self.blobs: Dict[str, bytes] = {}
         self.repos: Dict[str, Dict[str, Dict[str, str]]] = {}  # repository -> revision -> path -> blob's sha256
+        self.private: Set[str] = set()  # repositories that are hidden from clients without the token
+        self.ranges: List[str] = []  # Range headers of the downloads of large files, '' for all of it
+        self.cut_after = 0  # number of bytes after which the next such download breaks off
         self.env = dict(
             HF_ENDPOINT=self.endpoint, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
 
@@ -64,6 +67,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _dispatch(self, routes):
         path = self.path.split('?')[0]
+        if self.headers.get('Authorization', f'Bearer {TOKEN}') != f'Bearer {TOKEN}':
+            return self._send(401, X_Error_Message='Invalid credentials in Authorization header')
         self.body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         for pattern, handle in routes:
             match = re.fullmatch(pattern, path)
@@ -74,6 +79,7 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         self._dispatch([
             (r'/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?', _Handler._info),
+            (r'/api/models/([^/]+/[^/]+)/tree/([^/]+)', _Handler._tree),
             (r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', _Handler._resolve),
             (r'/blobs/(\w+)', _Handler._blob),
         ])
@@ -81,8 +87,6 @@ class _Handler(BaseHTTPRequestHandler):
     do_HEAD = do_GET
 
     def do_POST(self):
-        if self.headers.get('Authorization') != f'Bearer {TOKEN}':
-            return self._error(401, 'InvalidToken')
         self._dispatch([
             (r'/api/repos/create', _Handler._create_repo),
             (r'/api/validate-yaml', lambda self: self._send(200, {'errors': [], 'warnings': []})),
@@ -100,10 +104,28 @@ class _Handler(BaseHTTPRequestHandler):
         self.server.repos.setdefault(repo, {'main': {}})
         self._send(200, {'url': f'{self.server.endpoint}/{repo}', 'id': repo, 'name': repo})
 
+    def _find(self, repo, revision):
+        """Files of a revision, or an answer that there is none and None."""
+        hidden = repo in self.server.private and 'Authorization' not in self.headers
+        if repo not in self.server.repos or hidden:
+            return self._error(401 if hidden else 404, 'RepoNotFound')
+        if revision not in self.server.repos[repo]:
+            return self._error(404, 'RevisionNotFound')
+        return self.server.repos[repo][revision]
+
     def _info(self, repo, revision):
-        if repo not in self.server.repos:
-            return self._error(404, 'RepoNotFound')
-        self._send(200, {'id': repo, 'sha': self._sha(repo, revision or 'main'), 'private': False, 'tags': []})
+        files = self._find(repo, revision or 'main')
+        if files is not None:
+            self._send(200, {
+                'id': repo, 'sha': self._sha(repo, revision or 'main'), 'private': repo in self.server.private,
+                'tags': [], 'siblings': [{'rfilename': path} for path in files]})
+
+    def _tree(self, repo, revision):
+        files = self._find(repo, revision)
+        if files is not None:
+            self._send(200, [
+                {'type': 'file', 'path': path, 'oid': oid[:40], 'size': len(self.server.blobs[oid])}
+                for path, oid in files.items()])
 
     def _preupload(self, repo, revision):
         files = [f['path'] for f in json.loads(self.body)['files']]
@@ -134,11 +156,10 @@ class _Handler(BaseHTTPRequestHandler):
         return hashlib.sha1(json.dumps(self.server.repos[repo][revision], sort_keys=True).encode()).hexdigest()
 
     def _resolve(self, repo, revision, path):
-        if repo not in self.server.repos:
-            return self._error(404, 'RepoNotFound')
-        if revision not in self.server.repos[repo]:
-            return self._error(404, 'RevisionNotFound')
-        oid = self.server.repos[repo][revision].get(path)
+        files = self._find(repo, revision)
+        if files is None:
+            return
+        oid = files.get(path)
         headers = dict(X_Repo_Commit=self._sha(repo, revision))
         if oid is None:
             return self._send(404, X_Error_Code='EntryNotFound', **headers)
@@ -151,4 +172,17 @@ class _Handler(BaseHTTPRequestHandler):
             self._send(200, content, ETag=f'"{oid[:40]}"', **headers)
 
     def _blob(self, oid):
-        self._send(200, self.server.blobs[oid], ETag=f'"{oid}"')
+        content, requested = self.server.blobs[oid], self.headers.get('Range', '')
+        self.server.ranges.append(requested)
+        start = int(re.fullmatch(r'bytes=(\d+)-', requested)[1]) if requested else 0
+        cut, self.server.cut_after = self.server.cut_after, 0
+        if cut:
+            self.send_response(200)
+            self.send_header('Content-Length', str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[:cut])
+            self.close_connection = True
+        else:
+            self._send(
+                206 if requested else 200, content[start:], ETag=f'"{oid}"',
+                Content_Range=f'bytes {start}-{len(content) - 1}/{len(content)}')

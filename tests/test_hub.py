@@ -1,16 +1,23 @@
 import json
+import os
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from helpers import liven, run
+from helpers import fail, liven, run
 from hub_server import HubServer
-from timm.models import save_for_hf
+from huggingface_hub import ModelCard
+from timm.models import get_arch_pretrained_cfgs, save_for_hf
 
 from timm_cbam.hub import save_model, staged_folder
 
-HUB_CONFIGS = Path(__file__).parents[1] / 'hub_configs'
+ROOT = Path(__file__).parents[1]
+HUB_CONFIGS = ROOT / 'hub_configs'
+PUSH_TO_HUB = ROOT / 'scripts' / 'push_to_hub.py'
 MODELS = {
     'cbam_resnet18': dict(num_classes=7),
     'cbam_resnet18_s1': dict(num_classes=3, in_chans=1),
@@ -54,7 +61,7 @@ def test_save_model(model, x, tmp_path):
     assert config.get('model_args', {}).get('cbam_args') == MODELS[config['architecture']].get('cbam_args')
 
 
-@pytest.mark.parametrize('model', ['cbam_resnet18_eccv18', 'cbam_resnet50'], indirect=True)
+@pytest.mark.parametrize('model', ['cbam_resnet50'], indirect=True)
 def test_push_and_load(model, x, tmp_path):
     """timm's own functions, in one process to push and in another to load, against a Hub on loopback."""
     args = MODELS[model.pretrained_cfg['architecture']]
@@ -100,33 +107,175 @@ def test_staged_folder(tmp_path):
 
 def test_hub_configs_are_the_registry():
     files = {f.stem: json.loads(f.read_text()) for f in HUB_CONFIGS.glob('*.json')}
-    assert set(files) == set(timm.list_models('cbam*'))
-    for name, config in files.items():
+    assert set(files) == {tagged for name in timm.list_models('cbam*') for tagged in get_arch_pretrained_cfgs(name)}
+    for name in timm.list_models('cbam*'):
         model = timm.create_model(name, device='meta')
-        assert config['architecture'] == name
-        assert config['num_classes'] == model.num_classes
-        assert config['num_features'] == model.num_features
-        assert 'num_classes' not in config.get('model_args', {})
-        registered = json.loads(json.dumps(model.pretrained_cfg))
-        assert {k: registered.get(k) for k in config['pretrained_cfg']} == config['pretrained_cfg']
+        for tagged, cfg in get_arch_pretrained_cfgs(name).items():
+            config = files[tagged]
+            assert config['architecture'] == name and config['pretrained_cfg']['tag'] == cfg.tag
+            assert config['num_classes'] == (cfg.num_classes or model.num_classes)
+            assert config['num_features'] == model.num_features
+            assert 'num_classes' not in config.get('model_args', {})
+            registered = json.loads(json.dumps(cfg.to_dict()))
+            assert {k: registered.get(k) for k in config['pretrained_cfg']} == config['pretrained_cfg']
 
 
 def test_hub_config_belongs_to_its_model(tmp_path):
     name = 'cbam_resnet18_s1'
     model = liven(timm.create_model(name))
-    (tmp_path / 'config.json').write_text((HUB_CONFIGS / f'{name}.json').read_text())
+    (tmp_path / 'config.json').write_text((HUB_CONFIGS / f'{name}.untrained.json').read_text())
     torch.save(model.state_dict(), tmp_path / 'pytorch_model.bin')
     x = torch.randn(1, 3, 32, 32)
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
 
 
-def test_unknown_repository(tmp_path):
+LOAD = '''
+    import timm, torch
+    model = timm.create_model('hf-hub:me/my-cbam{revision}', pretrained=True).eval()
+    print(model(torch.ones(1, 3, 32, 32)).flatten().tolist())
+'''
+
+
+@pytest.fixture(scope='module')
+def pushed(tmp_path_factory):
+    """A Hub with two versions of a cbam_resnet18, which timm.models.push_to_hf_hub put there: their ids and logits."""
+    torch.manual_seed(0)
+    logits = []
+    file = tmp_path_factory.mktemp('pushed') / 'model.pt'
     with HubServer() as hub:
-        error = run('''
-            import timm
-            try:
-                timm.create_model('hf-hub:me/nothing', pretrained=True)
-            except Exception as e:
-                print(type(e).__name__)
-        ''', **hub.env, HF_HOME=str(tmp_path))
-    assert error == 'RepositoryNotFoundError\n'
+        for _ in range(2):
+            model = liven(timm.create_model('cbam_resnet18', num_classes=3))
+            torch.save(model.state_dict(), file)
+            run(f'''
+                import timm, torch
+                model = timm.create_model('cbam_resnet18', num_classes=3)
+                model.load_state_dict(torch.load({str(file)!r}))
+                timm.models.push_to_hf_hub(model, 'me/my-cbam')
+            ''', **hub.env)
+            logits.append(f'{model(torch.ones(1, 3, 32, 32)).flatten().tolist()}\n')
+        assert logits[0] != logits[1]
+        first, second = (revision for revision in hub.repos['me/my-cbam'] if revision != 'main')
+        yield hub, {first: logits[0], second: logits[1], 'main': logits[1]}
+
+
+@pytest.fixture
+def hub(pushed):
+    hub = pushed[0]
+    hub.ranges.clear()
+    yield hub
+    hub.private.clear()
+
+
+@pytest.fixture
+def logits(pushed):
+    return pushed[1]
+
+
+def test_revision_pin_and_offline(hub, logits, tmp_path):
+    env = dict(hub.env, HF_HOME=str(tmp_path))
+    first = next(iter(logits))
+    assert run(LOAD.format(revision=f'@{first}'), **env) == logits[first]
+    assert run(LOAD.format(revision=''), **env) == logits['main']
+    requests = len(hub.ranges)
+    offline = dict(env, HF_ENDPOINT='http://127.0.0.1:9', HF_HUB_OFFLINE='1')
+    assert run(LOAD.format(revision=''), **offline) == logits['main'] and len(hub.ranges) == requests
+
+
+def test_download_cut_off_is_resumed(hub, logits, tmp_path):
+    hub.cut_after = 20_000_000
+    assert run(LOAD.format(revision=''), **hub.env, HF_HOME=str(tmp_path)) == logits['main']
+    whole, rest = hub.ranges
+    assert whole == '' and 0 < int(rest.removeprefix('bytes=').removesuffix('-')) <= 20_000_000
+
+
+def test_two_processes_at_once(hub, logits, tmp_path):
+    env = {**os.environ, **hub.env, 'HF_HOME': str(tmp_path)}
+    command = [sys.executable, '-c', textwrap.dedent(LOAD.format(revision=''))]
+    processes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [p.communicate()[0] for p in processes] == 2 * [logits['main']]
+
+
+def test_corrupted_cached_file(hub, logits, tmp_path):
+    """No random weights without a word: an error, and after removing the file from the cache all is well."""
+    env = dict(hub.env, HF_HOME=str(tmp_path))
+    run(LOAD.format(revision=''), **env)
+    cached, = tmp_path.glob('hub/models--me--my-cbam/snapshots/*/model.safetensors')
+    blob = cached.resolve()
+    blob.write_bytes(blob.read_bytes()[:1_000_000])
+    assert 'SafetensorError' in fail(LOAD.format(revision=''), **env)
+    blob.unlink()
+    assert run(LOAD.format(revision=''), **env) == logits['main']
+
+
+@pytest.mark.parametrize('repo,env,private,error', [
+    ('me/my-cbam', dict(HF_TOKEN='hf_wrong'), False, 'Invalid credentials'),
+    ('me/my-cbam', dict(HF_TOKEN=''), True, 'RepositoryNotFoundError'),
+    ('me/nothing', {}, False, 'RepositoryNotFoundError'),
+    ('me/my-cbam@v9', {}, False, 'RevisionNotFoundError'),
+], ids=['wrong token', 'no token', 'no repository', 'no revision'])
+def test_refused_by_the_hub(hub, repo, env, private, error, tmp_path):
+    hub.private.update(['me/my-cbam'] if private else [])
+    code = LOAD.format(revision='').replace('me/my-cbam', repo)
+    assert error in fail(code, **{**hub.env, **env}, HF_HOME=str(tmp_path))
+
+
+def test_push_with_wrong_token(hub):
+    before = dict(hub.repos)
+    code = '''
+        import timm
+        timm.models.push_to_hf_hub(timm.create_model('cbam_resnet18'), 'me/other')
+    '''
+    assert 'Invalid credentials' in fail(code, **dict(hub.env, HF_TOKEN='hf_wrong')) and hub.repos == before
+
+
+def push(hub, *args):
+    return subprocess.run(
+        [sys.executable, str(PUSH_TO_HUB), *map(str, args)], capture_output=True, text=True,
+        env={**os.environ, **hub.env})
+
+
+def test_push_to_hub_script(hub, tmp_path):
+    model = liven(timm.create_model('cbam_resnet18_s1', num_classes=3))
+    save_model(model, tmp_path / 'folder')
+    result = push(
+        hub, tmp_path / 'folder', 'me/digits', '--license', 'mit', '--dataset', 'scikit-learn digits',
+        '--metric', 'accuracy=98.5', '--metric', 'f1=98', '--description', 'Trained by hand.')
+    assert result.returncode == 0, result.stderr
+    assert "timm.create_model('hf-hub:me/digits', pretrained=True)" in result.stdout
+    files = {path: hub.blobs[oid] for path, oid in hub.repos['me/digits']['main'].items()}
+    assert set(files) == {'config.json', 'model.safetensors', 'README.md'}
+    card = ModelCard(files['README.md'].decode())
+    assert card.data.license == 'mit' and card.data.library_name == 'timm'
+    assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {'accuracy': 98.5, 'f1': 98}
+    for text in ('Trained by hand.', '| accuracy | 98.5 |', "create_model('hf-hub:me/digits'", 'woo2018cbam'):
+        assert text in card.text
+    code = LOAD.format(revision='').replace('me/my-cbam', 'me/digits')
+    expected = f'{model(torch.ones(1, 3, 32, 32)).flatten().tolist()}\n'
+    assert run(code, **hub.env, HF_HOME=str(tmp_path)) == expected
+
+
+def test_push_to_hub_script_refuses(hub, tmp_path):
+    before = set(hub.repos)
+    result = push(hub, tmp_path, 'me/nothing', '--license', 'mit')
+    assert result.returncode == 1 and 'has no config.json and no model.safetensors' in result.stderr
+    result = push(hub, tmp_path, 'me/nothing', '--license', 'mit', '--metric', 'accuracy=1')
+    assert result.returncode == 2 and '--metric needs --dataset' in result.stderr
+    assert set(hub.repos) == before
+
+
+@pytest.mark.slow
+def test_transformers(hub, tmp_path):
+    """transformers' TimmWrapper, the way that most users of the Hub take. It cannot load what timm 1.0.31 pushes, its
+    own ResNets neither, because num_classes is among the model_args; what our script pushes it can."""
+    model = liven(timm.create_model('cbam_resnet18', num_classes=3))
+    save_model(model, tmp_path / 'folder')
+    assert push(hub, tmp_path / 'folder', 'me/wrapped', '--license', 'mit').returncode == 0
+    code = '''
+        import torch
+        from transformers import AutoModelForImageClassification
+        model = AutoModelForImageClassification.from_pretrained('me/wrapped').eval()
+        assert type(model).__name__ == 'TimmWrapperForImageClassification'
+        print(model(torch.ones(1, 3, 32, 32)).logits.flatten().tolist())
+    '''
+    expected = f'{model(torch.ones(1, 3, 32, 32)).flatten().tolist()}\n'
+    assert run(code, **hub.env, HF_HOME=str(tmp_path)) == expected

@@ -158,10 +158,10 @@ def _export(model: nn.Module, model_args: Dict[str, Any], to: str) -> Dict[str, 
             f'{layout.name} has no network like this one, {name} with {model_args or "default arguments"}. It has '
             f'those of {", ".join(architectures)} only.')
     state_dict = from_native_layout(model.state_dict(), layout)
-    if to != 'official':
-        return state_dict
-    # as its train_imagenet.py saves and, with --resume, reads it
-    return dict(epoch=0, arch=architectures[name], best_prec1=0., state_dict={f'module.{k}': v for k, v in state_dict.items()})
+    if to == 'official':  # as its train_imagenet.py saves and, with --resume, reads it
+        state_dict = {f'module.{k}': v for k, v in state_dict.items()}
+        return dict(epoch=0, arch=architectures[name], best_prec1=0., state_dict=state_dict)
+    return state_dict
 
 
 def _reference_logits(state_dict: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
