@@ -135,6 +135,9 @@ def without(*keys):
     (lambda: without('layer4.1.'), [], 'comes closest to cbam_resnet18.*Missing: layer4.1.conv1.weight'),
     (lambda: dict(without(), thing=torch.zeros(1)), [], 'Missing: none.*Left over: thing'),
     (lambda: dict(without(), **{'fc.bias': torch.zeros(3)}), [], 'size mismatch for fc.bias'),
+    (lambda: dict(without(), **{'conv1.weight': torch.zeros(3)}), [], r'conv1.weight has shape \(3,\)'),
+    (lambda: dict(without(), **{'layer1.0.se.channel.fc1.weight': torch.zeros(4, 0, 1, 1)}), [],
+     r'layer1.0.se.channel.fc1.weight has shape \(4, 0, 1, 1\)'),
     (without, ['--model', 'cbam_resnet34'], 'comes closest to cbam_resnet34.*of another depth'),
     (lambda: timm.create_model('cbam_resnet18', cbam_args=dict(spatial_pooling='max')).state_dict(), [],
      'average or the maximum, which does not show'),
@@ -181,6 +184,7 @@ def saved(save, suffix):
     ('.pth', lambda _: pickle.dumps({'state_dict': {'conv1.weight': Hostile()}})),
     ('.pth', lambda path: saved(lambda d, f: torch.save({**d, 'x': Hostile()}, f), '.pth')(path)),
     ('.pth', lambda _: zip_bomb()),
+    ('.pth', lambda _: zip_bomb()[:-40] + bytes(18) + zip_bomb()[-22:]),
     ('.pth', lambda _: b''),
     ('.bin', lambda _: b'version https://git-lfs.github.com/spec/v1\n'),
     ('.pth', lambda path: saved(torch.save, '.pth')(path)[:20000]),
@@ -188,8 +192,8 @@ def saved(save, suffix):
     ('.safetensors', lambda path: saved(save_file, '.safetensors')(path)[:20000]),
     ('.safetensors', lambda _: struct.pack('<Q', 1 << 62) + b'{}'),
     ('.safetensors', lambda _: struct.pack('<Q', 99_000_000) + b' ' * 100),
-], ids=['pickle', 'hostile zip', 'bomb', 'empty', 'pointer', 'truncated', 'truncated legacy', 'truncated safetensors',
-        'huge header', 'long header'])
+], ids=['pickle', 'hostile zip', 'bomb', 'damaged directory', 'empty', 'pointer', 'truncated', 'truncated legacy',
+        'truncated safetensors', 'huge header', 'long header'])
 def test_damaged_or_hostile_file(suffix, content, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     src = tmp_path / f'checkpoint{suffix}'

@@ -43,7 +43,7 @@ def test_tags_are_those_of_timm(depth):
 
 @pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'channels_last'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize('depth', [18, 50])
+@pytest.mark.parametrize('depth', [18, 50] + [pytest.param(d, marks=pytest.mark.slow) for d in (34, 101, 152)])
 def test_bitwise_equal(depth, dtype, channels_last):
     theirs = plain(f'resnet{depth}')
     ours = warm(theirs.state_dict(), f'cbam_resnet{depth}')

@@ -3,6 +3,7 @@
 What a checkpoint is follows from the names and shapes of its weights alone, see weights.py for the layouts.
 """
 import functools
+import re
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Mapping, Optional, Tuple, Union
@@ -29,6 +30,7 @@ from .weights import (
 __all__ = ['convert']
 
 _BASES = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')  # whose CBAM-ResNets the other code has
+_DIMENSIONS = {r'(^conv1|\.se\.channel\.fc1|\.se\.spatial\.conv)\.weight$': 4, r'^fc\.weight$': 2}
 _TOLERANCE = 1e-9  # of logits in float64, relative to the largest
 
 
@@ -41,18 +43,20 @@ def _read(file: Path) -> Mapping[str, torch.Tensor]:
     """
     if not file.is_file():
         raise FileNotFoundError(f'{file} is no file.')
-    if file.suffix != '.safetensors' and zipfile.is_zipfile(file):
-        with zipfile.ZipFile(file) as archive:
-            members = archive.infolist()
-        if sum(member.file_size for member in members) > file.stat().st_size:
-            raise ValueError(f'{file} is compressed, which checkpoints are not. If it is an archive, unpack it first.')
     try:
-        state_dict = unwrap(load_state_dict(str(file)))
+        unpacked_size = 0
+        if file.suffix != '.safetensors' and zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                unpacked_size = sum(member.file_size for member in archive.infolist())
+        compressed = unpacked_size > file.stat().st_size
+        state_dict = {} if compressed else unwrap(load_state_dict(str(file)))
     except Exception as e:  # what the unpickler raises on hostile files is open-ended
         raise ValueError(
             f'{file} cannot be read as weights: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}\n'
             f'It is damaged, or holds more than tensors and plain values, which is refused because it could run code. '
             f'If you trust where it comes from, save its state_dict alone with torch.save.') from e
+    if compressed:
+        raise ValueError(f'{file} is compressed, which checkpoints are not. If it is an archive, unpack it first.')
     for key, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(
@@ -117,9 +121,19 @@ def _infer_model(state_dict: Mapping[str, torch.Tensor], name: Optional[str]) ->
     return name, kwargs
 
 
+def _check_dimensions(state_dict: Mapping[str, torch.Tensor], source: str) -> None:
+    """Check the weights whose shapes say what the model is, before they are believed."""
+    for key, value in state_dict.items():
+        for pattern, dimensions in _DIMENSIONS.items():
+            if re.search(pattern, key) and (value.ndim != dimensions or not value.numel()):
+                raise ValueError(
+                    f'{source} is damaged: {key} has shape {tuple(value.shape)}, expected {dimensions} dimensions.')
+
+
 def _build(state_dict: Mapping[str, torch.Tensor], model_name: Optional[str], source: str) -> Tuple[nn.Module, Dict]:
     """Create the model of a checkpoint with its weights; also returns the arguments that it was created with."""
     native = to_native_layout(state_dict)
+    _check_dimensions(native, source)
     model_name, model_args = _infer_model(native, model_name)
     classifier = native.get('fc.weight')
     # neither origin nor license nor paper of the model's default weights are those of the checkpoint
