@@ -25,23 +25,29 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+_MODEL = 'resnet18'
+_IMG_SIZE = 64
+_SHOTS = 20  # images of each digit to fine-tune on
+_PRETRAIN_EPOCHS = 10
+_EPOCHS = 20
 _BATCH_SIZE = 20
+_LR = 0.01
 _WAYS = ('plain ResNet', 'CBAM, default init', 'CBAM, warm start')
 
 
-def _load(img_size: int) -> Tuple[torch.Tensor, torch.Tensor]:
+def _load() -> Tuple[torch.Tensor, torch.Tensor]:
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32)[:, None] / 8 - 1
-    images = F.interpolate(images, size=img_size, mode='bilinear', align_corners=False)
+    images = F.interpolate(images, size=_IMG_SIZE, mode='bilinear', align_corners=False)
     return images.repeat(1, 3, 1, 1), torch.tensor(digits.target)
 
 
-def _split(target: torch.Tensor, shots: int) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _split(target: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Indices of all digits 0 to 4, of some images of each of the digits 5 to 9, and of the others of these."""
     order = torch.randperm(len(target))
-    few = torch.cat([order[target[order] == digit][:shots] for digit in range(5, 10)])
-    rest = torch.tensor([i for i in order[target[order] >= 5].tolist() if i not in set(few.tolist())])
-    return order[target[order] < 5], few, rest
+    few = torch.cat([order[target[order] == digit][:_SHOTS] for digit in range(5, 10)])
+    novel = order[target[order] >= 5]
+    return order[target[order] < 5], few, novel[~torch.isin(novel, few)]
 
 
 @torch.inference_mode()
@@ -51,9 +57,9 @@ def _accuracy(model: nn.Module, images: torch.Tensor, target: torch.Tensor) -> f
     return 100 * (predicted == target).float().mean().item()
 
 
-def _train(model: nn.Module, train, test, epochs: int, lr: float, progress: tqdm) -> List[float]:
+def _train(model: nn.Module, train, test, epochs: int, progress: tqdm) -> List[float]:
     """Train and return the accuracy on the test set after each epoch, in percent."""
-    optimizer = create_optimizer_v2(model, opt='momentum', lr=lr, weight_decay=1e-4)
+    optimizer = create_optimizer_v2(model, opt='momentum', lr=_LR, weight_decay=1e-4)
     updates = -(-len(train[0]) // _BATCH_SIZE)
     scheduler, _ = create_scheduler_v2(
         optimizer, num_epochs=epochs, warmup_epochs=0, step_on_epochs=False, updates_per_epoch=updates)
@@ -72,8 +78,8 @@ def _train(model: nn.Module, train, test, epochs: int, lr: float, progress: tqdm
     return accuracies
 
 
-def _create(way: str, base: str, state_dict: Dict[str, torch.Tensor], classifier: Dict[str, torch.Tensor]) -> nn.Module:
-    model = create_model(base if way == 'plain ResNet' else f'cbam_{base}', num_classes=5)
+def _create(way: str, state_dict: Dict[str, torch.Tensor], classifier: Dict[str, torch.Tensor]) -> nn.Module:
+    model = create_model(_MODEL if way == 'plain ResNet' else f'cbam_{_MODEL}', num_classes=5)
     if way == 'CBAM, default init':
         ResNet.load_state_dict(model, state_dict, strict=False)  # the gates keep their initialisation
     else:
@@ -82,27 +88,26 @@ def _create(way: str, base: str, state_dict: Dict[str, torch.Tensor], classifier
     return model
 
 
-def _compare(args: argparse.Namespace) -> List[Dict[str, object]]:
-    images, target = _load(args.img_size)
+def _compare(seeds: int) -> List[Dict[str, object]]:
+    images, target = _load()
     rows = []
-    steps = args.seeds * (args.pretrain_epochs + len(_WAYS) * args.epochs)
+    steps = seeds * (_PRETRAIN_EPOCHS + len(_WAYS) * _EPOCHS)
     with tqdm(total=steps, desc='finetune_compare') as progress:
-        for seed in range(args.seeds):
+        for seed in range(seeds):
             random_seed(seed)
-            base, few, rest = _split(target, args.shots)
-            plain = create_model(args.model, num_classes=5)
+            base, few, rest = _split(target)
+            plain = create_model(_MODEL, num_classes=5)
             data = images[base], target[base]
-            _train(plain, data, data, args.pretrain_epochs, args.lr, progress)
+            _train(plain, data, data, _PRETRAIN_EPOCHS, progress)
             state_dict = plain.state_dict()
             plain.reset_classifier(5)
             classifier = {k: v.clone() for k, v in plain.fc.state_dict().items()}
             for way in _WAYS:
                 random_seed(seed)
-                model = _create(way, args.model, state_dict, classifier)
+                model = _create(way, state_dict, classifier)
                 random_seed(seed)  # creating a model with attention draws more numbers
                 accuracies = _train(
-                    model, (images[few], target[few] - 5), (images[rest], target[rest] - 5), args.epochs, args.lr,
-                    progress)
+                    model, (images[few], target[few] - 5), (images[rest], target[rest] - 5), _EPOCHS, progress)
                 rows += [
                     dict(way=way, seed=seed, epoch=epoch, accuracy=accuracy)
                     for epoch, accuracy in enumerate(accuracies, 1)]
@@ -118,7 +123,7 @@ def _curves(rows: List[Dict[str, object]], way: str) -> List[Tuple[float, float]
     return [(statistics.mean(a), statistics.stdev(a)) for a in by_epoch.values()]
 
 
-def _draw(rows: List[Dict[str, object]], args: argparse.Namespace, file: Path) -> None:
+def _draw(rows: List[Dict[str, object]], seeds: int, file: Path) -> None:
     figure = Figure(figsize=(7, 4), layout='constrained')
     ax = figure.subplots()
     for way, color, style in zip(_WAYS, ('#000000', '#d55e00', '#0072b2'), ('--', '-', '-'), strict=True):
@@ -132,15 +137,15 @@ def _draw(rows: List[Dict[str, object]], args: argparse.Namespace, file: Path) -
     ax.xaxis.get_major_locator().set_params(integer=True)
     ax.set_ylabel('accuracy on held-out digits, %')
     ax.set_title(
-        f'{args.model} trained on digits 0-4, fine-tuned on {args.shots} images each of 5-9\n'
-        f'mean and standard deviation of {args.seeds} seeds', fontsize=10)
+        f'{_MODEL} trained on digits 0-4, fine-tuned on {_SHOTS} images each of 5-9\n'
+        f'mean and standard deviation of {seeds} seeds', fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(loc='lower right')
     figure.savefig(file, dpi=120)
 
 
-def _table(rows: List[Dict[str, object]], epochs: int) -> str:
-    shown = sorted({1, 2, 3, 5, 10, epochs} & set(range(1, epochs + 1)))
+def _table(rows: List[Dict[str, object]]) -> str:
+    shown = (1, 2, 3, 5, 10, 20)
     lines = [
         '| epoch | ' + ' | '.join(map(str, shown)) + ' |',
         '|---' * (len(shown) + 1) + '|']
@@ -152,23 +157,17 @@ def _table(rows: List[Dict[str, object]], epochs: int) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--model', default='resnet18', help="timm's plain ResNet; 'cbam_' before it is compared")
     parser.add_argument('--seeds', type=int, default=5, help='number of seeds, 2 or more')
-    parser.add_argument('--pretrain-epochs', type=int, default=10)
-    parser.add_argument('--epochs', type=int, default=20)
-    parser.add_argument('--shots', type=int, default=20, help='images of each digit to fine-tune on')
-    parser.add_argument('--img-size', type=int, default=64)
-    parser.add_argument('--lr', type=float, default=0.01)
     parser.add_argument(
         '--output', type=Path, default=Path(__file__).with_suffix(''), help='file name without .csv and .png')
     args = parser.parse_args()
-    rows = _compare(args)
+    rows = _compare(args.seeds)
     with args.output.with_suffix('.csv').open('w', newline='') as f:
         writer = csv.DictWriter(f, rows[0], lineterminator='\n')
         writer.writeheader()
         writer.writerows(dict(row, accuracy=f"{row['accuracy']:.2f}") for row in rows)
-    _draw(rows, args, args.output.with_suffix('.png'))
-    print(_table(rows, args.epochs))
+    _draw(rows, args.seeds, args.output.with_suffix('.png'))
+    print(_table(rows))
 
 
 if __name__ == '__main__':

@@ -14,9 +14,7 @@ from typing import Tuple
 from huggingface_hub import CommitOperationAdd, HfApi
 from timm import create_model
 
-from timm_cbam.hub import model_card
-
-_FILES = ('config.json', 'model.safetensors', 'demo.png')
+from timm_cbam.hub import model_card, read_config
 
 
 def _metric(value: str) -> Tuple[str, float]:
@@ -34,32 +32,30 @@ def main() -> None:
     parser.add_argument(
         '--metric', type=_metric, action='append', default=[], metavar='NAME=VALUE',
         help='what you measured, accuracies in percent, for example accuracy=98.9; more than once')
-    parser.add_argument('--base-model', help='repository of the model that this one was fine-tuned from')
-    parser.add_argument('--private', action='store_true', help='make a new repository private')
     args = parser.parse_args()
     if args.metric and not args.dataset:
         parser.error('--metric needs --dataset, on which it was measured')
-    missing = [name for name in _FILES[:2] if not (args.folder / name).is_file()]
+    missing = [name for name in ('config.json', 'model.safetensors') if not (args.folder / name).is_file()]
     if missing:
         sys.exit(f'{args.folder} has no {" and no ".join(missing)}; make it with timm-cbam convert.')
     create_model(f'local-dir:{args.folder}', pretrained=True)
 
-    config = json.loads((args.folder / 'config.json').read_text())
+    config = read_config(args.folder)
     card = model_card(
-        args.folder,
+        config,
         name=args.repo.split('/')[-1],
         source=f'hf-hub:{args.repo}',
         description=args.description or config['pretrained_cfg'].get('description', ''),
         license=args.license,
         dataset=args.dataset,
         metrics=dict(args.metric),
-        base_model=args.base_model,
     )
     api = HfApi()
-    repo = api.create_repo(args.repo, private=args.private, exist_ok=True).repo_id
-    files = [CommitOperationAdd('README.md', card.encode())]
-    files += [CommitOperationAdd(n, str(args.folder / n)) for n in _FILES if (args.folder / n).is_file()]
-    print(api.create_commit(repo, files, commit_message=f"Add {config['architecture']}").commit_url)
+    repo = api.create_repo(args.repo, exist_ok=True).repo_id
+    files = {'README.md': card.encode(), 'config.json': json.dumps(config, indent=2).encode()}
+    files.update({n: args.folder / n for n in ('model.safetensors', 'demo.png') if (args.folder / n).is_file()})
+    operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+    print(api.create_commit(repo, operations, commit_message=f"Add {config['architecture']}").commit_url)
     print(f"timm.create_model('hf-hub:{repo}', pretrained=True)")
 
 

@@ -217,23 +217,28 @@ def test_what_is_in_the_way_stays(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path)) == ['a.pth', 'thesis']
 
 
-@pytest.mark.parametrize('function,code', [('save_model', 130), ('_compare', 1)])
-def test_interrupted_or_wrong(function, code, tmp_path, monkeypatch):
-    """Ctrl-C while writing, and a conversion that --verify finds wrong: nothing is left."""
-    torch.save(without(), tmp_path / 'a.pth')
-    if code == 130:
-        def interrupt(*args, **kwargs):
-            raise KeyboardInterrupt
-        monkeypatch.setattr(timm_cbam.convert, 'save_model', interrupt)
-    else:
-        convert_state_dict = timm_cbam.convert.convert_state_dict
+def test_interrupted_while_writing(tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
 
-        def wrong(state_dict, model):
-            state_dict = dict(convert_state_dict(state_dict, model))
-            state_dict['fc.weight'] = state_dict['fc.weight'] * (1 + 1e-6)
-            return state_dict
-        monkeypatch.setattr(timm_cbam.convert, 'convert_state_dict', wrong)
-    assert main(['convert', str(tmp_path / 'a.pth'), str(tmp_path / 'dst'), '--verify']) == code
+    torch.save(without(), tmp_path / 'a.pth')
+    monkeypatch.setattr(timm_cbam.convert, 'save_model', interrupt)
+    assert main(['convert', str(tmp_path / 'a.pth'), str(tmp_path / 'dst')]) == 130
+    assert os.listdir(tmp_path) == ['a.pth']
+
+
+def test_wrong_conversion_is_found(tmp_path, monkeypatch, capsys):
+    convert_state_dict = timm_cbam.convert.convert_state_dict
+
+    def wrong(state_dict, model):
+        state_dict = dict(convert_state_dict(state_dict, model))
+        state_dict['fc.weight'] = state_dict['fc.weight'] * (1 + 1e-6)
+        return state_dict
+
+    torch.save(without(), tmp_path / 'a.pth')
+    monkeypatch.setattr(timm_cbam.convert, 'convert_state_dict', wrong)
+    assert main(['convert', str(tmp_path / 'a.pth'), str(tmp_path / 'dst'), '--verify']) == 1
+    assert 'dst does not compute what' in capsys.readouterr().err
     assert os.listdir(tmp_path) == ['a.pth']
 
 

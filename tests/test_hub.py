@@ -61,7 +61,7 @@ def test_save_model(model, x, tmp_path):
     assert config.get('model_args', {}).get('cbam_args') == MODELS[config['architecture']].get('cbam_args')
 
 
-@pytest.mark.parametrize('model', ['cbam_resnet50'], indirect=True)
+@pytest.mark.parametrize('model', ['cbam_resnet18_eccv18', 'cbam_resnet50'], indirect=True)
 def test_push_and_load(model, x, tmp_path):
     """timm's own functions, in one process to push and in another to load, against a Hub on loopback."""
     args = MODELS[model.pretrained_cfg['architecture']]
@@ -188,6 +188,19 @@ def test_download_cut_off_is_resumed(hub, logits, tmp_path):
     assert whole == '' and 0 < int(rest.removeprefix('bytes=').removesuffix('-')) <= 20_000_000
 
 
+def test_whole_repository(hub, tmp_path):
+    """As `hf download` does it, which asks for the list of files first."""
+    code = f"""
+        from huggingface_hub import HfApi, snapshot_download
+        print(sorted(f.path for f in HfApi().list_repo_tree('me/my-cbam')))
+        snapshot_download('me/my-cbam', local_dir={str(tmp_path / 'folder')!r})
+    """
+    listed = run(code, **hub.env, HF_HOME=str(tmp_path / 'hf'))
+    files = hub.repos['me/my-cbam']['main']
+    assert listed == f'{sorted(files)}\n'
+    assert all((tmp_path / 'folder' / path).read_bytes() == hub.blobs[oid] for path, oid in files.items())
+
+
 def test_two_processes_at_once(hub, logits, tmp_path):
     env = {**os.environ, **hub.env, 'HF_HOME': str(tmp_path)}
     command = [sys.executable, '-c', textwrap.dedent(LOAD.format(revision=''))]
@@ -268,7 +281,7 @@ def test_transformers(hub, tmp_path):
     """transformers' TimmWrapper, the way that most users of the Hub take. It cannot load what timm 1.0.31 pushes, its
     own ResNets neither, because num_classes is among the model_args; what our script pushes it can."""
     model = liven(timm.create_model('cbam_resnet18', num_classes=3))
-    save_model(model, tmp_path / 'folder')
+    save_for_hf(model, str(tmp_path / 'folder'), safe_serialization=True)
     assert push(hub, tmp_path / 'folder', 'me/wrapped', '--license', 'mit').returncode == 0
     code = '''
         import torch

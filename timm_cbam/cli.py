@@ -7,7 +7,6 @@ import torch
 from timm.models import create_model, get_arch_pretrained_cfgs, list_models
 
 from . import __version__
-from .weights import LAYOUTS
 
 __all__ = ['main']
 
@@ -95,11 +94,12 @@ def _create_parser() -> argparse.ArgumentParser:
     command.add_argument('dst', metavar='DST', help='folder to write, a former one is replaced; with --to a new file')
     command.add_argument('--model', type=_model_name, help='model that SRC is meant for, None to recognise it')
     command.add_argument(
-        '--to', choices=[name for name, layout in LAYOUTS.items() if layout.exports],
-        help='write a checkpoint for: ' + ', '.join(f'{k} = {v.name}' for k, v in LAYOUTS.items() if v.exports))
+        '--to', choices=('article', 'community', 'official', 'pytorchcv'),
+        help='write a checkpoint for the code of the reproduction article, luuuyi/CBAM.PyTorch, '
+        'Jongchan/attention-module (the authors) or pytorchcv')
     command.add_argument(
         '--verify', action='store_true',
-        help='compute an image with the checkpoint, by the rules of its own code, and with what was written')
+        help='compute a noise image with the checkpoint, by the rules of its own code, and with what was written')
     command.set_defaults(run=_convert)
     return parser
 

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from .hub import model_card, save_model, staged_file, staged_folder
+from .hub import model_card, read_config, save_model, staged_file, staged_folder
 from .weights import (
     LAYOUTS,
     convert_state_dict,
@@ -44,19 +44,16 @@ def _read(file: Path) -> Mapping[str, torch.Tensor]:
     if not file.is_file():
         raise FileNotFoundError(f'{file} is no file.')
     try:
-        unpacked_size = 0
         if file.suffix != '.safetensors' and zipfile.is_zipfile(file):
             with zipfile.ZipFile(file) as archive:
-                unpacked_size = sum(member.file_size for member in archive.infolist())
-        compressed = unpacked_size > file.stat().st_size
-        state_dict = {} if compressed else unwrap(load_state_dict(str(file)))
+                if sum(member.file_size for member in archive.infolist()) > file.stat().st_size:
+                    raise ValueError('it is compressed, which checkpoints are not; unpack an archive first')
+        state_dict = unwrap(load_state_dict(str(file)))
     except Exception as e:  # what the unpickler raises on hostile files is open-ended
         raise ValueError(
             f'{file} cannot be read as weights: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}\n'
             f'It is damaged, or holds more than tensors and plain values, which is refused because it could run code. '
             f'If you trust where it comes from, save its state_dict alone with torch.save.') from e
-    if compressed:
-        raise ValueError(f'{file} is compressed, which checkpoints are not. If it is an archive, unpack it first.')
     for key, value in state_dict.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(
@@ -267,7 +264,7 @@ def convert(
         model_name: Model that the checkpoint is meant for. Recognised from names and shapes if None.
         to: Write a checkpoint for other code instead: 'article', 'community' (luuuyi/CBAM.PyTorch), 'official'
             (Jongchan/attention-module) or 'pytorchcv'.
-        verify: Compute an image in float64 with the checkpoint, by the rules of its own code, and with what was
+        verify: Compute a noise image in float64 with the checkpoint, by the rules of its own code, and with what was
             written, and print both.
 
     Raises:
@@ -298,7 +295,8 @@ def convert(
                 torch.save(checkpoint, staged)
             else:
                 save_model(model, staged, model_args=model_args)
-                card = model_card(staged, dst.name, f'local-dir:{dst}', model.pretrained_cfg['description'])
+                config, description = read_config(staged), model.pretrained_cfg['description']
+                card = model_card(config, dst.name, f'local-dir:{dst}', description)
                 (staged / 'README.md').write_text(card)
             if verify:
                 step('verify')

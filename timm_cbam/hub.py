@@ -9,7 +9,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from timm.models import save_for_hf
 from torch import nn
 
-__all__ = ['model_card', 'save_model', 'staged_file', 'staged_folder']
+__all__ = ['model_card', 'read_config', 'save_model', 'staged_file', 'staged_folder']
 
 _FILES = {'config.json', 'model.safetensors', 'README.md', 'demo.png'}  # what a folder may hold that is replaced
 
@@ -68,13 +68,16 @@ def save_model(model: nn.Module, folder: Union[str, Path], model_args: Optional[
         folder: Folder to write into.
         model_args: Arguments of `timm.create_model` to record, needed with timm before 1.0.29 only.
     """
-    folder = Path(folder)
     save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
-    config_file = folder / 'config.json'
-    config = json.loads(config_file.read_text())
+    (Path(folder) / 'config.json').write_text(json.dumps(read_config(folder), indent=2) + '\n')
+
+
+def read_config(folder: Union[str, Path]) -> Dict[str, Any]:
+    """Read config.json of a model folder, in a form that transformers loads too."""
+    config = json.loads((Path(folder) / 'config.json').read_text())
     # transformers' TimmWrapper passes num_classes itself and fails on a second one; timm reads the top level's
     config.get('model_args', {}).pop('num_classes', None)
-    config_file.write_text(json.dumps(config, indent=2) + '\n')
+    return config
 
 
 _CITATION = """@inproceedings{woo2018cbam,
@@ -86,34 +89,31 @@ _CITATION = """@inproceedings{woo2018cbam,
 
 
 def model_card(
-        folder: Union[str, Path],
+        config: Dict[str, Any],
         name: str,
         source: str,
         description: str,
         license: Optional[str] = None,
         dataset: Optional[str] = None,
         metrics: Optional[Dict[str, float]] = None,
-        base_model: Optional[str] = None,
 ) -> str:
     """Model card, the README.md of a model on the Hub: metadata, what the model is, how to use it, whom to cite.
 
     Args:
-        folder: Folder with the model's config.json.
+        config: The model's config.json.
         name: Name of the model.
         source: What `timm.create_model` takes, `hf-hub:...` or `local-dir:...`.
         description: Where the weights come from.
         license: License of the weights, as the Hub abbreviates it.
         dataset: Data set that the metrics were measured on.
         metrics: Values by the name of the metric, accuracies in percent.
-        base_model: Repository of the model that this one was fine-tuned from.
     """
-    config = json.loads((Path(folder) / 'config.json').read_text())
     cfg = config['pretrained_cfg']
     metrics = metrics or {}
     results = [EvalResult('image-classification', dataset, dataset, name, value) for name, value in metrics.items()]
     data = ModelCardData(
         library_name='timm', pipeline_tag='image-classification', tags=['image-classification', 'timm', 'cbam'],
-        license=license, base_model=base_model, datasets=dataset, model_name=name, eval_results=results or None)
+        license=license, model_name=name, eval_results=results or None)
     measured = ''.join(f'| {metric} | {value:g} |\n' for metric, value in metrics.items())
     if measured:
         measured = f'## Results on {dataset}\n\n| metric | value |\n|---|---|\n{measured}\n'

@@ -9,7 +9,7 @@ The weights of a plain ResNet get gates that let everything through, see :func:`
 import logging
 import math
 import re
-from typing import Any, Callable, Dict, Mapping, NamedTuple, Optional, Tuple, Union
+from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from timm.models import clean_state_dict
@@ -26,8 +26,7 @@ class Layout(NamedTuple):
     name: str
     family: str  # such a checkpoint fits cbam_resnet*<family>
     mark: str  # pattern found in this layout's keys only
-    renames: Tuple[Tuple[str, Union[str, Callable]], ...]
-    exports: Tuple[Tuple[str, Union[str, Callable]], ...] = ()  # the same the other way
+    names: Tuple[Tuple[str, str], ...]  # parts of keys, theirs and ours, in either direction; ^ is where a key begins
     max_first: bool = False  # the spatial attention concatenates maximum, average
     linear: bool = False  # the MLP's weights are 2-d
 
@@ -38,16 +37,10 @@ LAYOUTS = {
         '_s1',
         r'^layer\d+\.\d+\.channel\.fc1\.',
         (
-            (r'\.channel\.', '.se.channel.'),
-            (r'\.spatial\.conv1\.', '.se.spatial.conv.'),
-            (r'\.shortcut\.', '.downsample.'),
-            (r'^linear\.', 'fc.'),
-        ),
-        (
-            (r'\.se\.channel\.', '.channel.'),
-            (r'\.se\.spatial\.conv\.', '.spatial.conv1.'),
-            (r'\.downsample\.', '.shortcut.'),
-            (r'^fc\.', 'linear.'),
+            ('.channel.', '.se.channel.'),
+            ('.spatial.conv1.', '.se.spatial.conv.'),
+            ('.shortcut.', '.downsample.'),
+            ('^linear.', '^fc.'),
         ),
     ),
     'community': Layout(
@@ -55,14 +48,9 @@ LAYOUTS = {
         '',
         r'\.ca\.fc\.0\.',
         (
-            (r'\.ca\.fc\.0\.', '.se.channel.fc1.'),
-            (r'\.ca\.fc\.2\.', '.se.channel.fc2.'),
-            (r'\.sa\.conv1\.', '.se.spatial.conv.'),
-        ),
-        (
-            (r'\.se\.channel\.fc1\.', '.ca.fc.0.'),
-            (r'\.se\.channel\.fc2\.', '.ca.fc.2.'),
-            (r'\.se\.spatial\.conv\.', '.sa.conv1.'),
+            ('.ca.fc.0.', '.se.channel.fc1.'),
+            ('.ca.fc.2.', '.se.channel.fc2.'),
+            ('.sa.conv1.', '.se.spatial.conv.'),
         ),
     ),
     'official': Layout(
@@ -70,14 +58,9 @@ LAYOUTS = {
         '_eccv18',
         r'\.cbam\.ChannelGate\.',
         (
-            (r'\.cbam\.ChannelGate\.mlp\.1\.', '.se.channel.fc1.'),
-            (r'\.cbam\.ChannelGate\.mlp\.3\.', '.se.channel.fc2.'),
-            (r'\.cbam\.SpatialGate\.spatial\.', '.se.spatial.'),
-        ),
-        (
-            (r'\.se\.channel\.fc1\.', '.cbam.ChannelGate.mlp.1.'),
-            (r'\.se\.channel\.fc2\.', '.cbam.ChannelGate.mlp.3.'),
-            (r'\.se\.spatial\.', '.cbam.SpatialGate.spatial.'),
+            ('.cbam.ChannelGate.mlp.1.', '.se.channel.fc1.'),
+            ('.cbam.ChannelGate.mlp.3.', '.se.channel.fc2.'),
+            ('.cbam.SpatialGate.spatial.', '.se.spatial.'),
         ),
         max_first=True,
         linear=True,
@@ -87,26 +70,16 @@ LAYOUTS = {
         '_eccv18',
         r'\.cbam\.ch_gate\.',
         (
-            (r'^features\.init_block\.conv\.conv\.', 'conv1.'),
-            (r'^features\.init_block\.conv\.bn\.', 'bn1.'),
-            (r'^features\.stage(\d+)\.unit(\d+)\.', lambda m: f'layer{m[1]}.{int(m[2]) - 1}.'),
-            (r'\.body\.conv(\d)\.(conv|bn)\.', r'.\2\1.'),
-            (r'\.identity_conv\.conv\.', '.downsample.0.'),
-            (r'\.identity_conv\.bn\.', '.downsample.1.'),
-            (r'\.cbam\.ch_gate\.mlp\.', '.se.channel.'),
-            (r'\.cbam\.sp_gate\.conv\.', '.se.spatial.'),
-            (r'^output\.', 'fc.'),
-        ),
-        (
-            (r'^conv1\.', 'features.init_block.conv.conv.'),
-            (r'^bn1\.', 'features.init_block.conv.bn.'),
-            (r'\.(conv|bn)(\d)\.', r'.body.conv\2.\1.'),
-            (r'^layer(\d+)\.(\d+)\.', lambda m: f'features.stage{m[1]}.unit{int(m[2]) + 1}.'),
-            (r'\.downsample\.0\.', '.identity_conv.conv.'),
-            (r'\.downsample\.1\.', '.identity_conv.bn.'),
-            (r'\.se\.channel\.', '.cbam.ch_gate.mlp.'),
-            (r'\.se\.spatial\.', '.cbam.sp_gate.conv.'),
-            (r'^fc\.', 'output.'),
+            ('^features.init_block.conv.conv.', '^conv1.'),
+            ('^features.init_block.conv.bn.', '^bn1.'),
+            # ResNet-152 has a stage of 36 blocks
+            *((f'^features.stage{s}.unit{b + 1}.', f'^layer{s}.{b}.') for s in range(1, 5) for b in range(36)),
+            *((f'.body.conv{i}.{kind}.', f'.{kind}{i}.') for i in (1, 2, 3) for kind in ('conv', 'bn')),
+            ('.identity_conv.conv.', '.downsample.0.'),
+            ('.identity_conv.bn.', '.downsample.1.'),
+            ('.cbam.ch_gate.mlp.', '.se.channel.'),
+            ('.cbam.sp_gate.conv.', '.se.spatial.'),
+            ('^output.', '^fc.'),
         ),
         max_first=True,
         linear=True,
@@ -115,10 +88,12 @@ LAYOUTS = {
         "timm's block_args=dict(attn_layer='cbam')",
         ' with cbam_args=dict(spatial_norm=True)',
         r'\.se\.spatial\.conv\.bn\.',
-        ((r'\.se\.spatial\.conv\.(conv|bn)\.', r'.se.spatial.\1.'),),
+        (
+            ('.se.spatial.conv.conv.', '.se.spatial.conv.'),
+            ('.se.spatial.conv.bn.', '.se.spatial.bn.'),
+        ),
     ),
 }
-
 
 _MLP_WEIGHT = r'\.se\.channel\.fc[12]\.weight$'
 _SPATIAL_WEIGHT = '.se.spatial.conv.weight'
@@ -159,17 +134,18 @@ def is_plain_resnet(state_dict: Mapping[str, Any]) -> bool:
     return 'layer1.0.conv1.weight' in state_dict and not any('.se.' in key for key in state_dict)
 
 
-def _rename(key: str, patterns: Tuple[Tuple[str, Union[str, Callable]], ...]) -> str:
-    for pattern, replacement in patterns:
-        key = re.sub(pattern, replacement, key)
-    return key
+def _rename(key: str, names: Iterable[Tuple[str, str]]) -> str:
+    key = f'^{key}'
+    for old, new in names:
+        key = key.replace(old, new)
+    return key[1:]
 
 
 def rename_keys(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     """Give the weights of any known layout this package's names, leave their values and unknown layouts as they are."""
     state_dict = unwrap(state_dict)
     layout = find_layout(state_dict)
-    return {_rename(k, layout.renames): v for k, v in state_dict.items()} if layout else state_dict
+    return {_rename(k, layout.names): v for k, v in state_dict.items()} if layout else state_dict
 
 
 def to_native_layout(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -190,12 +166,13 @@ def to_native_layout(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
 def from_native_layout(state_dict: Mapping[str, torch.Tensor], layout: Layout) -> Dict[str, torch.Tensor]:
     """The inverse of :func:`to_native_layout`, for a state dict of a model that the layout's code can build."""
     out = {}
+    names = [(ours, theirs) for theirs, ours in layout.names]
     for key, value in state_dict.items():
         if layout.linear and re.search(_MLP_WEIGHT, key):
             value = value.flatten(1)
         elif layout.max_first and key.endswith(_SPATIAL_WEIGHT):
             value = value.flip(1)
-        out[_rename(key, layout.exports)] = value
+        out[_rename(key, names)] = value
     return out
 
 
