@@ -3,20 +3,129 @@
 
 startup: milliseconds that the start-up hook adds to every start of Python. Two empty virtual environments, one of them
     with the start-up files, take turns; the numbers are medians, the difference is that of each pair's median.
+speed: milliseconds of inference or of a training step. The networks take turns, one run each in a round; "relative" is
+    the median over rounds of the network's time divided by the plain ResNet's in the same round, so that a machine that
+    becomes faster or slower meanwhile does not matter.
+memory: MiB that one forward pass keeps for the backward pass, counted exactly: every storage that autograd saves, once,
+    without the parameters, buffers and images, which are there anyway. With --amp the bfloat16 copies of weights count.
+
+The networks of speed and memory are timm's ResNet without attention ("plain"), with timm's SE and CBAM, and with CBAM
+written as the article describes it, and ours with its fused operations off ("plain ops") and on ("ours"). Nothing else
+should run on the machine: with fewer free cores than --threads, each of PyTorch's operations waits for the scheduler.
 """
 import argparse
 import compileall
+import json
+import platform
+import re
 import shutil
 import statistics
 import subprocess
 import time
 import venv
+from datetime import datetime, timezone
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, Callable, Dict, List
 
+import timm
+import torch
+import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 STARTUP = Path(__file__).parents[1] / 'timm_cbam' / 'startup'
+WARMUP = 3  # rounds
+OPS = import_module('timm_cbam.ops.cbam_residual')  # an import statement finds the function of the same name
+
+
+class ArticleCbam(nn.Module):
+    """CBAM as published code writes it, the article's formulas one by one."""
+
+    def __init__(self, channels: int, device=None, dtype=None, **kwargs) -> None:
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.avg_pool = nn.AdaptiveAvgPool2d(1)
+        self.max_pool = nn.AdaptiveMaxPool2d(1)
+        self.fc1 = nn.Conv2d(channels, channels // 16, kernel_size=1, bias=False, **dd)
+        self.relu = nn.ReLU()
+        self.fc2 = nn.Conv2d(channels // 16, channels, kernel_size=1, bias=False, **dd)
+        self.conv = nn.Conv2d(2, 1, kernel_size=7, padding=3, bias=False, **dd)
+        self.sigmoid = nn.Sigmoid()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        avg_out = self.fc2(self.relu(self.fc1(self.avg_pool(x))))
+        max_out = self.fc2(self.relu(self.fc1(self.max_pool(x))))
+        x = x * self.sigmoid(avg_out + max_out)
+        avg_out = torch.mean(x, dim=1, keepdim=True)
+        max_out = torch.max(x, dim=1, keepdim=True)[0]
+        return x * self.sigmoid(self.conv(torch.cat([avg_out, max_out], dim=1)))
+
+
+def create_networks(args: argparse.Namespace) -> Dict[str, nn.Module]:
+    plain, ours = f'resnet{args.depth}', f'cbam_resnet{args.depth}'
+    networks = {}
+    for name, model_name, block_args in (
+            ('plain', plain, {}),
+            ('timm se', plain, {'attn_layer': 'se'}),
+            ('timm cbam', plain, {'attn_layer': 'cbam'}),
+            ('article', plain, {'attn_layer': ArticleCbam}),
+            ('plain ops', ours, {}),
+            ('ours', ours, {}),
+    ):
+        torch.manual_seed(0)
+        model = timm.create_model(model_name, block_args=block_args)
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                # a new ResNet's last batch-norms are 0, those of a trained one have both signs
+                module.weight.data.uniform_(-1.5, 1.5)
+        networks[name] = model.to(args.device, memory_format=memory_format(args))
+    return networks
+
+
+def create_images(args: argparse.Namespace) -> torch.Tensor:
+    torch.manual_seed(0)
+    images = torch.randn(args.batch, 3, args.size, args.size)
+    return images.to(args.device, memory_format=memory_format(args))
+
+
+def memory_format(args: argparse.Namespace) -> torch.memory_format:
+    return torch.channels_last if args.channels_last else torch.contiguous_format
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.amp)
+
+
+def select_ops(name: str) -> None:
+    OPS.FUSED = name != 'plain ops'
+
+
+def device_name(device: str) -> str:
+    if device == 'cuda':
+        return torch.cuda.get_device_name()
+    cpuinfo = Path('/proc/cpuinfo')
+    names = re.findall(r'model name\s*: (.+)', cpuinfo.read_text()) if cpuinfo.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def report(args: argparse.Namespace, rows: List[Dict[str, Any]]) -> None:
+    """Print the settings and a table of rows, append both to the file of --json."""
+    settings = {key: value for key, value in vars(args).items() if key not in ('run', 'json')}
+    settings.update(
+        device_name=device_name(args.device),
+        torch=torch.__version__,
+        timm=timm.__version__,
+        date=datetime.now(timezone.utc).isoformat(timespec='seconds'),
+    )
+    print(', '.join(f'{key} {value}' for key, value in settings.items()))
+    print(''.join(f'{key:<10}' if key == 'network' else f'{key:>12}' for key in rows[0]))
+    for row in rows:
+        print(''.join(f'{value:<10}' if key == 'network' else f'{value:12.3f}' for key, value in row.items()))
+    if args.json:
+        with args.json.open('a') as file:
+            file.writelines(json.dumps({**settings, **row}) + '\n' for row in rows)
 
 
 def startup(args: argparse.Namespace) -> None:
@@ -42,12 +151,106 @@ def startup(args: argparse.Namespace) -> None:
     print(f'hook     {added:+7.2f} ms')
 
 
+def create_run(model: nn.Module, images: torch.Tensor, args: argparse.Namespace) -> Callable[[], None]:
+    model.train(args.train)
+    network = torch.compile(model, dynamic=False) if args.compile else model
+    if not args.train:
+        @torch.inference_mode()
+        def infer() -> None:
+            with autocast(args):
+                network(images)
+
+        return infer
+
+    targets = torch.zeros(args.batch, dtype=torch.long, device=args.device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)  # too small to diverge: inf and nan are no usual numbers
+
+    def train() -> None:
+        with autocast(args):
+            loss = F.cross_entropy(network(images), targets)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return train
+
+
+def speed(args: argparse.Namespace) -> None:
+    args.batch = args.batch or (4 if args.train else 8)
+    torch.set_num_threads(args.threads)
+    synchronize = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
+    images = create_images(args)
+    runs = {name: create_run(model, images, args) for name, model in create_networks(args).items()}
+    if args.compile:
+        del runs['plain ops']  # the compiler gets plain operations from ours, too
+    times = {name: [] for name in runs}
+    for _ in tqdm(range(WARMUP + args.runs), desc='speed'):
+        for name, run in runs.items():
+            select_ops(name)
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            times[name].append(1000 * (time.perf_counter() - start))
+    rows = []
+    for name in times:
+        low, median, high = statistics.quantiles(times[name][WARMUP:], n=4, method='inclusive')
+        ratios = (a / b for a, b in zip(times[name][WARMUP:], times['plain'][WARMUP:], strict=True))
+        rows.append({'network': name, 'ms': median, 'iqr_ms': high - low, 'relative': statistics.median(ratios)})
+    report(args, rows)
+
+
+def kept_mib(model: nn.Module, images: torch.Tensor, args: argparse.Namespace) -> float:
+    given = {tensor.untyped_storage().data_ptr() for tensor in (images, *model.parameters(), *model.buffers())}
+    kept = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage  # held, or a later tensor could have the same address
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast(args):
+        model(images)
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in given) / 2 ** 20
+
+
+def memory(args: argparse.Namespace) -> None:
+    images = create_images(args)
+    rows = []
+    for name, model in create_networks(args).items():
+        select_ops(name)
+        mib = kept_mib(model, images, args)
+        rows.append({'network': name, 'MiB': mib, 'relative': mib / (rows[0]['MiB'] if rows else mib)})
+    report(args, rows)
+
+
+def add_network_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument('--depth', type=int, choices=(18, 34, 50, 101, 152), default=50)
+    command.add_argument('--size', type=int, default=224, help='of the images')
+    command.add_argument('--channels-last', action='store_true')
+    command.add_argument('--amp', action='store_true', help='autocast to bfloat16')
+    command.add_argument('--json', type=Path, metavar='FILE', help='append a line of JSON for each network')
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest='command', required=True)
     command = commands.add_parser('startup', help='cost of the start-up hook')
     command.add_argument('--runs', type=int, default=200)
     command.set_defaults(run=startup)
+    command = commands.add_parser('speed', help='time of inference or of a training step')
+    add_network_options(command)
+    command.add_argument('--batch', type=int, help='default 8, with --train 4')
+    command.add_argument('--train', action='store_true', help='time a training step instead of inference')
+    command.add_argument('--compile', action='store_true')
+    command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
+    command.add_argument('--threads', type=int, default=2)
+    command.add_argument('--runs', type=int, default=20)
+    command.set_defaults(run=speed)
+    command = commands.add_parser('memory', help='memory kept for the backward pass')
+    add_network_options(command)
+    command.add_argument('--batch', type=int, default=2)
+    command.set_defaults(run=memory, device='cpu')
     args = parser.parse_args()
     args.run(args)
 

@@ -24,9 +24,138 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from .layers import Cbam, ChannelAttention, SpatialAttention
+from .ops import batch_norm_, cbam_residual, is_fusable
 from .weights import adapt_state_dict, convert_state_dict, describe_layout
 
-__all__ = ['CbamResNet']  # register_model adds each entrypoint fn to this
+__all__ = ['CbamResNet', 'CbamBasicBlock', 'CbamBottleneck']  # register_model adds each entrypoint fn to this
+
+
+def _is_plain(m: Optional[nn.Module], cls: Type[nn.Module]) -> bool:
+    """Whether a module is what its class says, so that another implementation may take its place unseen."""
+    return type(m) is cls and not (
+        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
+
+
+def _is_plain_norm(m: nn.Module) -> bool:
+    return _is_plain(m, nn.BatchNorm2d) and m.affine and m.track_running_stats and m.momentum is not None
+
+
+def _is_plain_cbam(m: Optional[nn.Module]) -> bool:
+    return (
+        _is_plain(m, Cbam) and not m.parallel and not m.spatial_first
+        and _is_plain(m.channel, ChannelAttention) and m.channel.pooling == 'avgmax'
+        and _is_plain(m.channel.fc1, nn.Conv2d) and _is_plain(m.channel.fc2, nn.Conv2d)
+        and _is_plain(m.spatial, SpatialAttention) and m.spatial.pooling == 'avgmax')
+
+
+def _run(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
+    """Run modules one after the other, without a fresh map for a batch-norm that nobody else sees the input of."""
+    inplace = x.device.type == 'cpu' and not torch.is_grad_enabled()
+    previous = None
+    for m in modules:
+        if inplace and _is_plain(previous, nn.Conv2d) and _is_plain_norm(m) and not m.training:
+            x = batch_norm_(x, m.weight, m.bias, m.running_mean, m.running_var, m.eps)
+        else:
+            x = m(x)
+        previous = m
+    return x
+
+
+def _fuses(x: torch.Tensor, block: nn.Module, norm: nn.Module) -> bool:
+    return is_fusable(x) and _is_plain_norm(norm) and _is_plain_cbam(block.se)
+
+
+def _fused(block: nn.Module, x: torch.Tensor, branch: Tuple[nn.Module, ...], norm: nn.Module, act: nn.Module):
+    """The residual block, whose branch ends before its last batch-norm.
+
+    Stochastic depth (drop_path) scales a sample's branch, which is the same as to scale its spatial gate.
+    """
+    shortcut = x
+    if block.downsample is not None:
+        plain = _is_plain(block.downsample, nn.Sequential)
+        shortcut = _run(x, *block.downsample) if plain else block.downsample(x)
+    x = _run(x, *branch)
+
+    def spatial_gate(pooled: torch.Tensor) -> torch.Tensor:
+        gate = block.se.spatial.pooled_gate(pooled)
+        return gate if block.drop_path is None else block.drop_path(gate)
+
+    if norm.training:
+        norm.num_batches_tracked.add_(1)
+    relu = _is_plain(act, nn.ReLU)
+    x = cbam_residual(
+        x,
+        shortcut,
+        block.se.channel.pooled_gate,
+        spatial_gate,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        training=norm.training,
+        momentum=norm.momentum,
+        eps=norm.eps,
+        relu=relu,
+        inplace=_is_plain(branch[-1], nn.Conv2d),
+    )
+    return x if relu else act(x)
+
+
+class CbamBasicBlock(BasicBlock):
+    """Basic residual block with CBAM, timm's in all but how it runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if _fuses(x, self, self.bn2):
+                branch = (self.conv1, self.bn1, self.drop_block, self.act1, self.aa, self.conv2)
+                return _fused(self, x, branch, self.bn2, self.act2)
+
+        shortcut = x
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.drop_block(x)
+        x = self.act1(x)
+        x = self.aa(x)
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act2(x)
+
+
+class CbamBottleneck(Bottleneck):
+    """Bottleneck residual block with CBAM, timm's in all but how it runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if _fuses(x, self, self.bn3):
+                branch = (
+                    self.conv1, self.bn1, self.act1, self.conv2, self.bn2, self.drop_block, self.act2, self.aa,
+                    self.conv3)
+                return _fused(self, x, branch, self.bn3, self.act3)
+
+        shortcut = x
+        x = self.conv1(x)
+        x = self.bn1(x)
+        x = self.act1(x)
+        x = self.conv2(x)
+        x = self.bn2(x)
+        x = self.drop_block(x)
+        x = self.act2(x)
+        x = self.aa(x)
+        x = self.conv3(x)
+        x = self.bn3(x)
+        x = self.se(x)
+        if self.drop_path is not None:
+            x = self.drop_path(x)
+        if self.downsample is not None:
+            shortcut = self.downsample(shortcut)
+        x += shortcut
+        return self.act3(x)
 
 
 class CbamResNet(ResNet):
@@ -52,7 +181,7 @@ class CbamResNet(ResNet):
     ) -> None:
         """
         Args:
-            block: Class of the residual block, timm's BasicBlock or Bottleneck.
+            block: Class of the residual block.
             layers: Number of blocks in each stage.
             in_chans: Number of input (color) channels.
             output_stride: Largest stride of the network's output, further stages are dilated. One of 32, 16, 8, with
@@ -204,7 +333,7 @@ def _eccv18_args(kwargs: Dict[str, Any]) -> Dict[str, Any]:
 def cbam_resnet18(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-18 model, the network of the paper.
     """
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    model_args = dict(block=CbamBasicBlock, layers=(2, 2, 2, 2))
     return _create_cbam_resnet('cbam_resnet18', pretrained, **dict(model_args, **kwargs))
 
 
@@ -212,7 +341,7 @@ def cbam_resnet18(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet34(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-34 model, the network of the paper.
     """
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    model_args = dict(block=CbamBasicBlock, layers=(3, 4, 6, 3))
     return _create_cbam_resnet('cbam_resnet34', pretrained, **dict(model_args, **kwargs))
 
 
@@ -220,7 +349,7 @@ def cbam_resnet34(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet50(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-50 model, the network of the paper.
     """
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 6, 3))
     return _create_cbam_resnet('cbam_resnet50', pretrained, **dict(model_args, **kwargs))
 
 
@@ -228,7 +357,7 @@ def cbam_resnet50(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet101(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-101 model, the network of the paper.
     """
-    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 23, 3))
     return _create_cbam_resnet('cbam_resnet101', pretrained, **dict(model_args, **kwargs))
 
 
@@ -236,7 +365,7 @@ def cbam_resnet101(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet152(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-152 model, the network of the paper.
     """
-    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    model_args = dict(block=CbamBottleneck, layers=(3, 8, 36, 3))
     return _create_cbam_resnet('cbam_resnet152', pretrained, **dict(model_args, **kwargs))
 
 
@@ -244,7 +373,7 @@ def cbam_resnet152(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet18_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-18 model with a 3x3 stride-1 stem, for small images.
     """
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2), stem_type='s1')
+    model_args = dict(block=CbamBasicBlock, layers=(2, 2, 2, 2), stem_type='s1')
     return _create_cbam_resnet('cbam_resnet18_s1', pretrained, **dict(model_args, **kwargs))
 
 
@@ -252,7 +381,7 @@ def cbam_resnet18_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet34_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-34 model with a 3x3 stride-1 stem, for small images.
     """
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3), stem_type='s1')
+    model_args = dict(block=CbamBasicBlock, layers=(3, 4, 6, 3), stem_type='s1')
     return _create_cbam_resnet('cbam_resnet34_s1', pretrained, **dict(model_args, **kwargs))
 
 
@@ -260,7 +389,7 @@ def cbam_resnet34_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet50_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-50 model with a 3x3 stride-1 stem, for small images.
     """
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3), stem_type='s1')
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 6, 3), stem_type='s1')
     return _create_cbam_resnet('cbam_resnet50_s1', pretrained, **dict(model_args, **kwargs))
 
 
@@ -268,7 +397,7 @@ def cbam_resnet50_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet101_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-101 model with a 3x3 stride-1 stem, for small images.
     """
-    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3), stem_type='s1')
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 23, 3), stem_type='s1')
     return _create_cbam_resnet('cbam_resnet101_s1', pretrained, **dict(model_args, **kwargs))
 
 
@@ -276,7 +405,7 @@ def cbam_resnet101_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet152_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-152 model with a 3x3 stride-1 stem, for small images.
     """
-    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3), stem_type='s1')
+    model_args = dict(block=CbamBottleneck, layers=(3, 8, 36, 3), stem_type='s1')
     return _create_cbam_resnet('cbam_resnet152_s1', pretrained, **dict(model_args, **kwargs))
 
 
@@ -284,7 +413,7 @@ def cbam_resnet152_s1(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet18_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-18 model as in the authors' released code.
     """
-    model_args = dict(block=BasicBlock, layers=(2, 2, 2, 2))
+    model_args = dict(block=CbamBasicBlock, layers=(2, 2, 2, 2))
     return _create_cbam_resnet('cbam_resnet18_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))
 
 
@@ -292,7 +421,7 @@ def cbam_resnet18_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet34_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-34 model as in the authors' released code.
     """
-    model_args = dict(block=BasicBlock, layers=(3, 4, 6, 3))
+    model_args = dict(block=CbamBasicBlock, layers=(3, 4, 6, 3))
     return _create_cbam_resnet('cbam_resnet34_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))
 
 
@@ -300,7 +429,7 @@ def cbam_resnet34_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet50_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-50 model as in the authors' released code.
     """
-    model_args = dict(block=Bottleneck, layers=(3, 4, 6, 3))
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 6, 3))
     return _create_cbam_resnet('cbam_resnet50_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))
 
 
@@ -308,7 +437,7 @@ def cbam_resnet50_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet101_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-101 model as in the authors' released code.
     """
-    model_args = dict(block=Bottleneck, layers=(3, 4, 23, 3))
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 23, 3))
     return _create_cbam_resnet('cbam_resnet101_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))
 
 
@@ -316,5 +445,5 @@ def cbam_resnet101_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
 def cbam_resnet152_eccv18(pretrained: bool = False, **kwargs) -> CbamResNet:
     """Constructs a CBAM-ResNet-152 model as in the authors' released code.
     """
-    model_args = dict(block=Bottleneck, layers=(3, 8, 36, 3))
+    model_args = dict(block=CbamBottleneck, layers=(3, 8, 36, 3))
     return _create_cbam_resnet('cbam_resnet152_eccv18', pretrained, **dict(model_args, **_eccv18_args(kwargs)))

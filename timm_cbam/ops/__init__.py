@@ -1,0 +1,4 @@
+from .cbam_residual import cbam_residual, cbam_residual_ref, is_fusable
+from .tail_cpu import batch_norm_
+
+__all__ = ['batch_norm_', 'cbam_residual', 'cbam_residual_ref', 'is_fusable']

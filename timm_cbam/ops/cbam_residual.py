@@ -1,0 +1,178 @@
+"""The tail of a CBAM residual block as one operation: batch-norm, CBAM, shortcut and activation
+
+What makes attention slow is not arithmetic but memory: maps that are written, read again, and kept for the backward
+pass. :func:`cbam_residual` does what :func:`cbam_residual_ref` says in fewer passes, and keeps no map for the backward
+pass that a ResNet without attention does not keep, see tail.py.
+"""
+import os
+from typing import Callable, Optional
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from .tail import Norm
+from .tail_cpu import CpuTail, infer_cpu
+
+__all__ = ['cbam_residual', 'cbam_residual_ref', 'is_fusable']
+
+FUSED = os.environ.get('TIMM_CBAM_FUSED', '1') != '0'
+
+Gate = Callable[[torch.Tensor], torch.Tensor]
+
+
+def is_fusable(x: torch.Tensor) -> bool:
+    """Whether cbam_residual does better for x than plain operations: PyTorch runs eagerly, on a device that we know.
+
+    Compilers and exporters get plain operations, which they fuse or write down themselves, and so do torch.func's
+    transforms, which want to see every operation.
+    """
+    return (
+        FUSED
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and type(x) is torch.Tensor
+        and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
+        and x.device.type == 'cpu'
+        and x.ndim == 4
+        and x.numel() > x.shape[1]  # no batch-norm has statistics of a single element
+    )
+
+
+def cbam_residual_ref(
+        x: torch.Tensor,
+        shortcut: torch.Tensor,
+        channel_gate: Gate,
+        spatial_gate: Gate,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        running_mean: Optional[torch.Tensor],
+        running_var: Optional[torch.Tensor],
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        relu: bool = True,
+) -> torch.Tensor:
+    """Reference of :func:`cbam_residual`, whose arguments are the same."""
+    f = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+    f = f * channel_gate(torch.stack([f.mean((2, 3)), f.amax((2, 3))]))
+    f = f * spatial_gate(torch.cat([f.mean(1, keepdim=True), f.amax(1, keepdim=True)], dim=1))
+    out = shortcut + f
+    return F.relu(out) if relu else out
+
+
+class ChannelPoolFn(Function):
+
+    @staticmethod
+    def forward(ctx, tail, x, weight, bias, running_mean, running_var, momentum, eps):
+        tail.channel_pool(x, weight, bias, running_mean, running_var, momentum, eps)
+        ctx.tail = tail
+        pooled = torch.stack([tail.avg, tail.top]).flatten(2)
+        return ((pooled - tail.norm.mean) * tail.norm.scale() + tail.norm.bias).to(x.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tail = ctx.tail
+        mc, norm = tail.mc, tail.norm
+        scale, mean, invstd = (t.view(1, -1, 1, 1) for t in (norm.scale(), norm.mean, tail.invstd))
+        davg, dtop = grad[..., None, None]
+        # sums of dF and of dF * (x - mean) over batch and space
+        s0 = (mc * tail.s0 + davg + dtop).sum(0, keepdim=True)
+        s1 = (mc * tail.s1 + davg * (tail.avg - mean) + dtop * (tail.top - mean)).sum(0, keepdim=True)
+        b, c, h, w = tail.x.shape
+        k_x, k = None, scale * davg / (h * w)
+        if tail.training:
+            k_x = -scale * invstd.square() * s1 / (b * h * w)
+            k = k - scale * s0 / (b * h * w) - k_x * mean
+        dx = tail.channel_pool_backward(scale * mc, scale * dtop, k_x, k)
+        tail.clear()
+        return None, dx, (s1 * invstd).flatten(), s0.flatten(), None, None, None, None
+
+
+class SpatialPoolFn(Function):
+
+    @staticmethod
+    def forward(ctx, tail, x, mc):
+        stats = tail.spatial_pool(x, mc)
+        tail.stats = stats.detach()
+        ctx.tail = tail
+        return stats
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tail = ctx.tail
+        tail.spatial_pool_backward(grad[:, :1] / tail.x.shape[1], grad[:, 1:])
+        scale, bias = (t.view(1, -1, 1, 1) for t in (tail.norm.scale(), tail.norm.bias))
+        return None, None, scale * tail.s1 + bias * tail.s0  # dF' * F, summed over space
+
+
+class GateAddFn(Function):
+
+    @staticmethod
+    def forward(ctx, tail, x, mc, ms, shortcut):
+        out = tail.gate_add(x, mc, ms, shortcut)
+        ctx.tail, ctx.eps = tail, tail.norm.eps
+        ctx.save_for_backward(x, mc, ms, out, tail.invstd, tail.avg, tail.top, tail.stats, *tail.norm[:4])
+        tail.clear()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        tail = ctx.tail
+        tail.x, tail.mc, tail.ms, out, tail.invstd, tail.avg, tail.top, tail.stats, *norm = (
+            t.detach() for t in ctx.saved_tensors)
+        tail.norm = Norm(*norm, ctx.eps)
+        dms = tail.gate_add_backward(grad, out)
+        return None, None, None, dms, tail.g
+
+
+def cbam_residual(
+        x: torch.Tensor,
+        shortcut: torch.Tensor,
+        channel_gate: Gate,
+        spatial_gate: Gate,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        running_mean: Optional[torch.Tensor],
+        running_var: Optional[torch.Tensor],
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+        relu: bool = True,
+        inplace: bool = False,
+) -> torch.Tensor:
+    """``act(shortcut + F'')`` with ``F = batch_norm(x)``, ``F' = F * Mc(F)``, ``F'' = F' * Ms(F')`` (paper section 3).
+
+    Where a maximum is taken by several elements they share its gradient equally, as in torch.amax; for the maximum over
+    space these are elements of x, which are fewer than those of F only where the batch-norm maps them to one number.
+    Forward and backward pass give the same bits each time. A second derivative is refused by PyTorch with an error.
+
+    Args:
+        x: Output of the block's last convolution, (B, C, H, W).
+        shortcut: Input of the block or its downsampled form, (B, C, H, W).
+        channel_gate: Computes Mc, (B, C, 1, 1), from average and maximum over space, (2, B, C).
+        spatial_gate: Computes Ms, (B, 1, H, W), from average and maximum over the channels, (B, 2, H, W).
+        weight, bias, running_mean, running_var, training, momentum, eps: As in torch.nn.functional.batch_norm.
+        relu: The activation is ReLU, otherwise there is none.
+        inplace: x may be overwritten if no gradient is computed.
+
+    Returns:
+        Output of the block, (B, C, H, W).
+    """
+    args = (weight, bias, running_mean, running_var)
+    if not is_fusable(x) or shortcut.shape != x.shape or shortcut.dtype != x.dtype:
+        return cbam_residual_ref(
+            x, shortcut, channel_gate, spatial_gate, *args, training=training, momentum=momentum, eps=eps, relu=relu)
+    if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
+        x = x.contiguous()
+    if not torch.is_grad_enabled() and not training:
+        return infer_cpu(x, shortcut, channel_gate, spatial_gate, Norm(*args, eps), relu, inplace)
+    tail = CpuTail(relu, training)
+    mc = channel_gate(ChannelPoolFn.apply(tail, x, *args, momentum, eps))
+    ms = spatial_gate(SpatialPoolFn.apply(tail, x, mc))
+    return GateAddFn.apply(tail, x, mc, ms, shortcut)
