@@ -24,7 +24,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .ops import batch_norm_, cbam_residual, is_fusable
+from .ops import batch_norm, cbam_residual, is_fusable
 from .weights import adapt_state_dict, convert_state_dict, describe_layout
 
 __all__ = ['CbamResNet', 'CbamBasicBlock', 'CbamBottleneck']  # register_model adds each entrypoint fn to this
@@ -54,7 +54,7 @@ def _run(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
     previous = None
     for m in modules:
         if inplace and _is_plain(previous, nn.Conv2d) and _is_plain_norm(m) and not m.training:
-            x = batch_norm_(x, m.weight, m.bias, m.running_mean, m.running_var, m.eps)
+            x = batch_norm(x, m.weight, m.bias, m.running_mean, m.running_var, m.eps, out=x)
         else:
             x = m(x)
         previous = m

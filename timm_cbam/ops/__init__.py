@@ -1,4 +1,4 @@
 from .cbam_residual import cbam_residual, cbam_residual_ref, is_fusable
-from .tail_cpu import batch_norm_
+from .tail_cpu import batch_norm
 
-__all__ = ['batch_norm_', 'cbam_residual', 'cbam_residual_ref', 'is_fusable']
+__all__ = ['batch_norm', 'cbam_residual', 'cbam_residual_ref', 'is_fusable']

@@ -12,8 +12,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
-from .tail import Norm
-from .tail_cpu import CpuTail, infer_cpu
+from .tail_cpu import CpuTail, batch_norm, infer_cpu
 
 __all__ = ['cbam_residual', 'cbam_residual_ref', 'is_fusable']
 
@@ -58,7 +57,7 @@ def cbam_residual_ref(
     """Reference of :func:`cbam_residual`, whose arguments are the same."""
     f = F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
     f = f * channel_gate(torch.stack([f.mean((2, 3)), f.amax((2, 3))]))
-    f = f * spatial_gate(torch.cat([f.mean(1, keepdim=True), f.amax(1, keepdim=True)], dim=1))
+    f = f * spatial_gate(torch.cat([f.mean(1, keepdim=True), f.max(1, keepdim=True).values], dim=1))
     out = shortcut + f
     return F.relu(out) if relu else out
 
@@ -67,27 +66,29 @@ class ChannelPoolFn(Function):
 
     @staticmethod
     def forward(ctx, tail, x, weight, bias, running_mean, running_var, momentum, eps):
-        tail.channel_pool(x, weight, bias, running_mean, running_var, momentum, eps)
+        mean, invstd = tail.channel_pool(x, weight, bias, running_mean, running_var, momentum, eps)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        tail.mean, tail.invstd, tail.bias = mean.to(dtype), invstd.to(dtype), bias.to(dtype)
+        tail.scale = weight * tail.invstd
         ctx.tail = tail
         pooled = torch.stack([tail.avg, tail.top]).flatten(2)
-        return ((pooled - tail.norm.mean) * tail.norm.scale() + tail.norm.bias).to(x.dtype)
+        return ((pooled - tail.mean) * tail.scale + tail.bias).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         tail = ctx.tail
-        mc, norm = tail.mc, tail.norm
-        scale, mean, invstd = (t.view(1, -1, 1, 1) for t in (norm.scale(), norm.mean, tail.invstd))
+        mean, invstd, scale = (t.view(1, -1, 1, 1) for t in (tail.mean, tail.invstd, tail.scale))
         davg, dtop = grad[..., None, None]
         # sums of dF and of dF * (x - mean) over batch and space
-        s0 = (mc * tail.s0 + davg + dtop).sum(0, keepdim=True)
-        s1 = (mc * tail.s1 + davg * (tail.avg - mean) + dtop * (tail.top - mean)).sum(0, keepdim=True)
+        s0 = (tail.mc * tail.s0 + davg + dtop).sum(0, keepdim=True)
+        s1 = (tail.mc * tail.s1 + davg * (tail.avg - mean) + dtop * (tail.top - mean)).sum(0, keepdim=True)
         b, c, h, w = tail.x.shape
         k_x, k = None, scale * davg / (h * w)
         if tail.training:
             k_x = -scale * invstd.square() * s1 / (b * h * w)
             k = k - scale * s0 / (b * h * w) - k_x * mean
-        dx = tail.channel_pool_backward(scale * mc, scale * dtop, k_x, k)
+        dx = tail.channel_pool_backward(tail.davg, tail.dmax, scale * tail.mc, scale * dtop, k_x, k)
         tail.clear()
         return None, dx, (s1 * invstd).flatten(), s0.flatten(), None, None, None, None
 
@@ -96,17 +97,17 @@ class SpatialPoolFn(Function):
 
     @staticmethod
     def forward(ctx, tail, x, mc):
-        stats = tail.spatial_pool(x, mc)
-        tail.stats = stats.detach()
         ctx.tail = tail
-        return stats
+        return tail.spatial_pool(x, mc)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         tail = ctx.tail
-        tail.spatial_pool_backward(grad[:, :1] / tail.x.shape[1], grad[:, 1:])
-        scale, bias = (t.view(1, -1, 1, 1) for t in (tail.norm.scale(), tail.norm.bias))
+        tail.davg, tail.dmax = grad[:, :1] / tail.x.shape[1], grad[:, 1:]
+        with torch.autocast(grad.device.type, enabled=False):
+            tail.spatial_pool_backward(tail.davg, tail.dmax)
+        scale, bias = (t.view(1, -1, 1, 1) for t in (tail.scale, tail.bias))
         return None, None, scale * tail.s1 + bias * tail.s0  # dF' * F, summed over space
 
 
@@ -115,8 +116,9 @@ class GateAddFn(Function):
     @staticmethod
     def forward(ctx, tail, x, mc, ms, shortcut):
         out = tail.gate_add(x, mc, ms, shortcut)
-        ctx.tail, ctx.eps = tail, tail.norm.eps
-        ctx.save_for_backward(x, mc, ms, out, tail.invstd, tail.avg, tail.top, tail.stats, *tail.norm[:4])
+        ctx.tail = tail
+        ctx.save_for_backward(
+            x, mc, ms, out, tail.mean, tail.invstd, tail.scale, tail.bias, tail.avg, tail.top, tail.index)
         tail.clear()
         return out
 
@@ -124,10 +126,10 @@ class GateAddFn(Function):
     @once_differentiable
     def backward(ctx, grad):
         tail = ctx.tail
-        tail.x, tail.mc, tail.ms, out, tail.invstd, tail.avg, tail.top, tail.stats, *norm = (
-            t.detach() for t in ctx.saved_tensors)
-        tail.norm = Norm(*norm, ctx.eps)
-        dms = tail.gate_add_backward(grad, out)
+        (tail.x, tail.mc, tail.ms, out, tail.mean, tail.invstd, tail.scale, tail.bias, tail.avg, tail.top,
+         tail.index) = (t.detach() for t in ctx.saved_tensors)
+        with torch.autocast(grad.device.type, enabled=False):
+            dms = tail.gate_add_backward(grad, out)
         return None, None, None, dms, tail.g
 
 
@@ -148,9 +150,10 @@ def cbam_residual(
 ) -> torch.Tensor:
     """``act(shortcut + F'')`` with ``F = batch_norm(x)``, ``F' = F * Mc(F)``, ``F'' = F' * Ms(F')`` (paper section 3).
 
-    Where a maximum is taken by several elements they share its gradient equally, as in torch.amax; for the maximum over
-    space these are elements of x, which are fewer than those of F only where the batch-norm maps them to one number.
-    Forward and backward pass give the same bits each time. A second derivative is refused by PyTorch with an error.
+    Where several channels have the same maximum the first of them gets its gradient, as with torch.max and in the
+    authors' code. Several pixels share it equally, as with torch.amax; they are told by x, where not even a batch-norm
+    of weight zero makes them equal. Forward and backward pass give the same bits each time. A second derivative is
+    refused with an error.
 
     Args:
         x: Output of the block's last convolution, (B, C, H, W).
@@ -171,7 +174,8 @@ def cbam_residual(
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
     if not torch.is_grad_enabled() and not training:
-        return infer_cpu(x, shortcut, channel_gate, spatial_gate, Norm(*args, eps), relu, inplace)
+        f = batch_norm(x, *args, eps, x if inplace else torch.empty_like(x))
+        return infer_cpu(f, shortcut, channel_gate, spatial_gate, relu)
     tail = CpuTail(relu, training)
     mc = channel_gate(ChannelPoolFn.apply(tail, x, *args, momentum, eps))
     ms = spatial_gate(SpatialPoolFn.apply(tail, x, mc))

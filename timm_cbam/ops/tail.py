@@ -11,50 +11,32 @@ Three passes in the opposite order compute the gradients, since those of the gat
 and F'' are not kept for them, because they follow from x. With g the gradient of the sum before the activation:
 
     gate_add_backward:     g, dms = sum_C g * F'
-    spatial_pool_backward: dF' = g * ms + davg / C + dmax * [F' is the maximum] / ties,   dmc = sum_HW dF' * F
-    channel_pool_backward: dF = dF' * mc + davg / HW + dmax * [F is the maximum] / ties,  dx by batch-norm's rule
+    spatial_pool_backward: dF' = g * ms + davg / C + dmax * [channel of the maximum], dmc = sum_HW dF' * F
+    channel_pool_backward: dF = dF' * mc + davg / HW + dmax * [x is at the top] / ties, dx by batch-norm's rule
 
-The sums over the batch that batch-norm's rule needs follow from the sums of dF' and dF' * (x - mean) over space, which
-the second pass has computed for dmc.
+Of dF' the second needs only sums over space, of dF' and dF' * (x - mean): dmc follows from them, and so do the sums over
+batch and space in batch-norm's rule. So no map of dF' or dF is ever written.
 """
-from typing import NamedTuple, Optional
-
 import torch
 
 
-class Norm(NamedTuple):
-    """Batch-norm with given statistics: ``F = (x - mean) * weight / sqrt(var + eps) + bias``."""
-    weight: torch.Tensor
-    bias: torch.Tensor
-    mean: torch.Tensor
-    var: torch.Tensor
-    eps: float
-
-    def scale(self) -> torch.Tensor:
-        return self.weight * torch.rsqrt(self.var + self.eps)
-
-
 class Tail:
-    """One call of :func:`timm_cbam.ops.cbam_residual`: the passes, and what they leave for each other.
+    """One call of :func:`timm_cbam.ops.cbam_residual`: its passes, and the tensors that they leave for each other.
 
-    Shapes: maps (B, C, H, W); pooled (2, B, C), average first; mc and all else per channel (B, C, 1, 1); stats, the
-    pooled F', (B, 2, H, W), average first; ms (B, 1, H, W).
+    Shapes: maps (B, C, H, W); per channel (B, C, 1, 1) or, of the batch-norm, (C,); per pixel (B, 1, H, W).
+
+    Attributes:
+        relu: Whether the activation is ReLU, or there is none.
+        training: Whether the batch-norm's statistics are those of the batch.
+        mean, invstd, scale, bias: Batch-norm, ``F = (x - mean) * scale + bias``.
+        avg: Average of x over space.
+        top: Value of x where F is largest.
+        index: Channel where F' is largest, the first of several.
+        x, mc, ms: Arguments of the forward passes, for the backward ones.
+        g: Gradient of the sum before the activation, set by gate_add_backward.
+        s0, s1: Sums over space of dF' and of dF' * (x - mean); gate_add_backward sets them for g * ms, the known part
+            of dF', spatial_pool_backward completes them.
     """
-    relu: bool  # whether the activation is ReLU, or there is none
-    training: bool  # whether the batch-norm's statistics are those of the batch
-    # Small tensors that forward passes leave for backward ones:
-    norm: Norm
-    invstd: torch.Tensor  # of the batch-norm, (C,)
-    avg: torch.Tensor  # of x over space
-    top: torch.Tensor  # x where F is largest; ties are those of x
-    stats: torch.Tensor
-    # What each backward pass leaves for the next:
-    x: torch.Tensor
-    g: torch.Tensor
-    mc: torch.Tensor
-    ms: torch.Tensor
-    s0: torch.Tensor  # sum of dF' over space
-    s1: torch.Tensor  # sum of dF' * (x - mean) over space
 
     def __init__(self, relu: bool, training: bool) -> None:
         self.relu = relu
@@ -64,21 +46,12 @@ class Tail:
         """Let go of all tensors. Between forward and backward pass autograd keeps them."""
         self.__dict__ = {'relu': self.relu, 'training': self.training}
 
-    def channel_pool(
-            self,
-            x: torch.Tensor,
-            weight: torch.Tensor,
-            bias: torch.Tensor,
-            running_mean: Optional[torch.Tensor],
-            running_var: Optional[torch.Tensor],
-            momentum: float,
-            eps: float,
-    ) -> None:
-        """Set norm, invstd, avg and top, update the running statistics."""
+    def channel_pool(self, x: torch.Tensor, weight, bias, running_mean, running_var, momentum: float, eps: float):
+        """Set avg and top, update the running statistics, return mean and invstd."""
         raise NotImplementedError
 
     def spatial_pool(self, x: torch.Tensor, mc: torch.Tensor) -> torch.Tensor:
-        """Return stats."""
+        """Set index, return average and maximum of F' over the channels, (B, 2, H, W)."""
         raise NotImplementedError
 
     def gate_add(self, x: torch.Tensor, mc: torch.Tensor, ms: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
@@ -86,19 +59,16 @@ class Tail:
         raise NotImplementedError
 
     def gate_add_backward(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Set g and return dms."""
+        """Set g, s0 and s1, return dms, given the output and its gradient."""
         raise NotImplementedError
 
     def spatial_pool_backward(self, davg: torch.Tensor, dmax: torch.Tensor) -> None:
-        """Set s0 and s1, given the gradients of stats, davg divided by C."""
+        """Complete s0 and s1, given what average (divided by C) and maximum over the channels add to dF'."""
         raise NotImplementedError
 
-    def channel_pool_backward(
-            self,
-            k_gate: torch.Tensor,
-            k_top: torch.Tensor,
-            k_x: Optional[torch.Tensor],
-            k: torch.Tensor,
-    ) -> torch.Tensor:
-        """Return ``dx = k_gate * dF' + k_top * [x is at the top] / ties + k_x * x + k``, with k_x (1, C, 1, 1)."""
+    def channel_pool_backward(self, davg, dmax, k_gate, k_top, k_x, k) -> torch.Tensor:
+        """Return ``dx = k_gate * dF' + k_top * [x is at the top] / ties + k_x * x + k``.
+
+        davg and dmax are those of spatial_pool_backward; the factors are per channel, k_x is None in eval mode.
+        """
         raise NotImplementedError
