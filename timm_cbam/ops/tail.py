@@ -14,8 +14,8 @@ and F'' are not kept for them, because they follow from x. With g the gradient o
     spatial_pool_backward: dF' = g * ms + davg / C + dmax * [channel of the maximum], dmc = sum_HW dF' * F
     channel_pool_backward: dF = dF' * mc + davg / HW + dmax * [x is at the top] / ties, dx by batch-norm's rule
 
-Of dF' the second needs only sums over space, of dF' and dF' * (x - mean): dmc follows from them, and so do the sums over
-batch and space in batch-norm's rule. So no map of dF' or dF is ever written.
+Of dF' the second needs only sums over space, of dF' and dF' * (x - mean): dmc follows from them, and so do the sums
+over batch and space in batch-norm's rule. So no map of dF' or dF is ever written.
 """
 import torch
 

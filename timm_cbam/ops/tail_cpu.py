@@ -63,6 +63,12 @@ def batch_norm(
     return out
 
 
+def _empty_pooled(x: torch.Tensor) -> torch.Tensor:
+    """Channels-last, because that convolution's backward pass is twice as fast with it."""
+    b, _, h, w = x.shape
+    return x.new_empty(b, h, w, 2).permute(0, 3, 1, 2)
+
+
 def infer_cpu(
         f: torch.Tensor,
         shortcut: torch.Tensor,
@@ -72,7 +78,7 @@ def infer_cpu(
 ) -> torch.Tensor:
     """All passes where no gradient is needed, in the place of the batch-norm's output f."""
     mc = channel_gate(torch.stack(_pool_space(f, _mean_space, torch.amax)).flatten(2))
-    pooled = f.new_empty(len(f), 2, *f.shape[2:])
+    pooled = _empty_pooled(f)
     for part, gate, out in _chunks(f, mc, pooled):
         part.mul_(gate)
         torch.mean(part, 1, keepdim=True, out=out[:, :1])
@@ -98,8 +104,8 @@ class CpuTail(Tail):
         return mean, invstd
 
     def spatial_pool(self, x, mc):
-        pooled = x.new_empty(len(x), 2, *x.shape[2:])
-        index = torch.empty_like(pooled[:, :1], dtype=torch.long)
+        pooled = _empty_pooled(x)
+        index = torch.empty_like(x[:, :1], dtype=torch.long)
         for f, gate, out, i in _chunks(self.map, mc, pooled, index):
             f.mul_(gate)
             torch.mean(f, 1, keepdim=True, out=out[:, :1])
@@ -114,15 +120,17 @@ class CpuTail(Tail):
     def gate_add_backward(self, grad, out):
         self.g = torch.empty_like(self.x) if self.relu else grad
         scale, bias, mean = (_per_channel(t) for t in (self.scale, self.bias, self.mean))
-        k_gx, k_g, ms = self.mc * scale, self.mc * bias, self.ms.to(scale.dtype)
+        k_gx, ms = self.mc * scale, self.ms.to(scale.dtype)
+        k_g = self.mc * (bias - mean * scale)
         scratch = _scratch(self.x)
         parts = []
         for x, k1, k0, m, dy, y, g in _chunks(self.x, k_gx, k_g, ms, grad, out, self.g):
             if self.relu:
                 torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=g)
-            gx = torch.sub(x, mean, out=scratch[:len(x)]).mul_(g)
+            gx = torch.mul(x, g, out=scratch[:len(x)])
             parts.append((_sum_channels(gx, k1) + _sum_channels(g, k0), _sum_space(g, m), _sum_space(gx, m)))
-        dms, self.s0, self.s1 = (torch.cat(p) for p in zip(*parts, strict=True))
+        dms, self.s0, s1 = (torch.cat(p) for p in zip(*parts, strict=True))
+        self.s1 = s1 - mean * self.s0
         return dms
 
     def spatial_pool_backward(self, davg, dmax):
