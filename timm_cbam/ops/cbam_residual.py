@@ -5,6 +5,7 @@ pass. :func:`cbam_residual` does what :func:`cbam_residual_ref` says in fewer pa
 pass that a ResNet without attention does not keep, see tail.py.
 """
 import os
+from importlib.util import find_spec
 from typing import Callable, Optional
 
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .tail import Tail
 from .tail_cpu import CpuTail, batch_norm, infer_cpu
 
 __all__ = ['cbam_residual', 'cbam_residual_ref', 'is_fusable']
@@ -19,6 +21,12 @@ __all__ = ['cbam_residual', 'cbam_residual_ref', 'is_fusable']
 FUSED = os.environ.get('TIMM_CBAM_FUSED', '1') != '0'
 
 Gate = Callable[[torch.Tensor], torch.Tensor]
+
+
+_DTYPES = {
+    'cpu': (torch.float32, torch.float64, torch.bfloat16),
+    'cuda': (torch.float32, torch.float16, torch.bfloat16) if find_spec('triton') else (),
+}
 
 
 def is_fusable(x: torch.Tensor) -> bool:
@@ -33,11 +41,18 @@ def is_fusable(x: torch.Tensor) -> bool:
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and type(x) is torch.Tensor
-        and x.dtype in (torch.float32, torch.float64, torch.bfloat16)
-        and x.device.type == 'cpu'
+        and x.dtype in _DTYPES.get(x.device.type, ())
         and x.ndim == 4
-        and x.numel() > x.shape[1]  # no batch-norm has statistics of a single element
+        and x.shape[1] < x.numel() < 1 << 31  # no statistics of a single element, 32-bit indices in the kernels
     )
+
+
+def _tail(x: torch.Tensor, relu: bool, training: bool) -> Tail:
+    if x.device.type == 'cpu':
+        return CpuTail(relu, training)
+    from .tail_triton import TritonTail  # triton is imported where it is used
+
+    return TritonTail(relu, training)
 
 
 def cbam_residual_ref(
@@ -173,10 +188,10 @@ def cbam_residual(
             x, shortcut, channel_gate, spatial_gate, *args, training=training, momentum=momentum, eps=eps, relu=relu)
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
         x = x.contiguous()
-    if not torch.is_grad_enabled() and not training:
+    if x.device.type == 'cpu' and not torch.is_grad_enabled() and not training:
         f = batch_norm(x, *args, eps, x if inplace else torch.empty_like(x))
         return infer_cpu(f, shortcut, channel_gate, spatial_gate, relu)
-    tail = CpuTail(relu, training)
+    tail = _tail(x, relu, training)
     mc = channel_gate(ChannelPoolFn.apply(tail, x, *args, momentum, eps))
     ms = spatial_gate(SpatialPoolFn.apply(tail, x, mc))
     return GateAddFn.apply(tail, x, mc, ms, shortcut)
