@@ -95,9 +95,10 @@ class ChannelPoolFn(Function):
         tail = ctx.tail
         mean, invstd, scale = (t.view(1, -1, 1, 1) for t in (tail.mean, tail.invstd, tail.scale))
         davg, dtop = grad[..., None, None]
+        top = torch.where(scale == 0, tail.avg, tail.top)  # without a slope all pixels of F are equal and share
         # sums of dF and of dF * (x - mean) over batch and space
         s0 = (tail.mc * tail.s0 + davg + dtop).sum(0, keepdim=True)
-        s1 = (tail.mc * tail.s1 + davg * (tail.avg - mean) + dtop * (tail.top - mean)).sum(0, keepdim=True)
+        s1 = (tail.mc * tail.s1 + davg * (tail.avg - mean) + dtop * (top - mean)).sum(0, keepdim=True)
         b, c, h, w = tail.x.shape
         k_x, k = None, scale * davg / (h * w)
         if tail.training:
@@ -166,9 +167,8 @@ def cbam_residual(
     """``act(shortcut + F'')`` with ``F = batch_norm(x)``, ``F' = F * Mc(F)``, ``F'' = F' * Ms(F')`` (paper section 3).
 
     Where several channels have the same maximum the first of them gets its gradient, as with torch.max and in the
-    authors' code. Several pixels share it equally, as with torch.amax; they are told by x, where not even a batch-norm
-    of weight zero makes them equal. Forward and backward pass give the same bits each time. A second derivative is
-    refused with an error.
+    authors' code. Several pixels share it equally, as with torch.amax. Forward and backward pass give the same bits
+    each time. A second derivative is refused with an error.
 
     Args:
         x: Output of the block's last convolution, (B, C, H, W).

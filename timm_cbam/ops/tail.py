@@ -34,8 +34,7 @@ class Tail:
         index: Channel where F' is largest, the first of several.
         x, mc, ms: Arguments of the forward passes, for the backward ones.
         g: Gradient of the sum before the activation, set by gate_add_backward.
-        s0, s1: Sums over space of dF' and of dF' * (x - mean); gate_add_backward sets them for g * ms, the known part
-            of dF', spatial_pool_backward completes them.
+        s0, s1: Sums over space of dF' and of dF' * (x - mean), known after spatial_pool_backward.
     """
 
     def __init__(self, relu: bool, training: bool) -> None:
@@ -59,11 +58,11 @@ class Tail:
         raise NotImplementedError
 
     def gate_add_backward(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Set g, s0 and s1, return dms, given the output and its gradient."""
+        """Set g, return dms, given the output and its gradient."""
         raise NotImplementedError
 
     def spatial_pool_backward(self, davg: torch.Tensor, dmax: torch.Tensor) -> None:
-        """Complete s0 and s1, given what average (divided by C) and maximum over the channels add to dF'."""
+        """Set s0 and s1, given what average (divided by C) and maximum over the channels add to dF'."""
         raise NotImplementedError
 
     def channel_pool_backward(self, davg, dmax, k_gate, k_top, k_x, k) -> torch.Tensor:
