@@ -347,6 +347,7 @@ def test_functional_transforms(images):
 
 def test_compile_does_not_recompile_over_batch_size(images):
     model = liven(timm.create_model('cbam_resnet18', num_classes=10))
+    torch.compiler.reset()  # what other tests have compiled of the same code would count
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend='eager')
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
         for x in (images.repeat(n, 1, 1, 1) for n in (2, 3, 5)):
