@@ -93,10 +93,6 @@ class ChannelAttention(nn.Module):
             return self.gate(self.fc2(self.act(self.fc1(x.mean((2, 3), keepdim=True)))))
         if self.pooling == 'max':
             return self.gate(self.fc2(self.act(self.fc1(x.amax((2, 3), keepdim=True)))))
-        if not torch.jit.is_scripting():
-            if torch.compiler.is_compiling() and not torch.compiler.is_exporting() and not torch.is_grad_enabled():
-                # the compiler's loops stay in the cache if they pool a row at a time
-                return self.pooled_gate(torch.stack([x.mean(3).mean(2), x.amax(3).amax(2)]))
         # The shared MLP runs once, over both pooled maps side by side as two pixels.
         pooled = torch.cat([x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)], dim=3)
         return self.gate(self.fc2(self.act(self.fc1(pooled))).sum(dim=3, keepdim=True))
