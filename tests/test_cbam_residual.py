@@ -354,6 +354,18 @@ def test_compile_does_not_recompile_over_batch_size(images):
             assert relative_error(compiled(x), model(x)) < 1e-5
 
 
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_compiled_inference(model, images, dtype):
+    """What the compiler gets in place of plain operations, weights of batch-norms of both signs among it."""
+    for m in model.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.weight.data[::2] *= -1
+    torch.compiler.reset()
+    compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
+    with torch.no_grad(), torch.autocast('cpu', dtype=dtype, enabled=dtype == torch.bfloat16):
+        assert relative_error(compiled(images), model(images)) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
 def test_switch():
     code = '''
         import timm, torch

@@ -50,7 +50,7 @@ def _is_plain_cbam(m: Optional[nn.Module]) -> bool:
 
 def _run(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
     """Run modules one after the other, without a fresh map for a batch-norm that nobody else sees the input of."""
-    inplace = x.device.type == 'cpu' and not torch.is_grad_enabled()
+    inplace = x.device.type == 'cpu' and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
     previous = None
     for m in modules:
         if inplace and _is_plain(previous, nn.Conv2d) and _is_plain_norm(m) and not m.training:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from .compiled import infer_compiled
 from .tail import Tail
 from .tail_cpu import CpuTail, batch_norm, infer_cpu
 
@@ -33,11 +34,13 @@ def is_fusable(x: torch.Tensor) -> bool:
     """Whether cbam_residual does better for x than plain operations: PyTorch runs eagerly, on a device that we know.
 
     Compilers and exporters get plain operations, which they fuse or write down themselves, and so do torch.func's
-    transforms, which want to see every operation.
+    transforms, which want to see every operation. Of compiled code we know better for inference on CPU.
     """
+    if torch.compiler.is_compiling():
+        return (
+            FUSED and not torch.compiler.is_exporting() and not torch.is_grad_enabled() and x.device.type == 'cpu')
     return (
         FUSED
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
         and not torch._C._are_functorch_transforms_active()
         and type(x) is torch.Tensor
@@ -183,7 +186,10 @@ def cbam_residual(
         Output of the block, (B, C, H, W).
     """
     args = (weight, bias, running_mean, running_var)
-    if not is_fusable(x) or shortcut.shape != x.shape or shortcut.dtype != x.dtype:
+    compiling = torch.compiler.is_compiling()
+    if compiling and is_fusable(x) and not training:
+        return infer_compiled(x, shortcut, channel_gate, spatial_gate, *args, eps, relu)
+    if compiling or not is_fusable(x) or shortcut.shape != x.shape or shortcut.dtype != x.dtype:
         return cbam_residual_ref(
             x, shortcut, channel_gate, spatial_gate, *args, training=training, momentum=momentum, eps=eps, relu=relu)
     if not x.is_contiguous() and not x.is_contiguous(memory_format=torch.channels_last):
