@@ -81,8 +81,8 @@ def infer_cpu(
     pooled = _empty_pooled(f)
     for part, gate, out in _chunks(f, mc, pooled):
         part.mul_(gate)
-        torch.mean(part, 1, keepdim=True, out=out[:, :1])
-        torch.amax(part, 1, keepdim=True, out=out[:, 1:])
+        out[:, :1] = part.mean(1, keepdim=True)
+        out[:, 1:] = part.amax(1, keepdim=True)
     torch.addcmul(shortcut, f, spatial_gate(pooled), out=f)
     return f.relu_() if relu else f
 
@@ -108,8 +108,8 @@ class CpuTail(Tail):
         index = torch.empty_like(x[:, :1], dtype=torch.long)
         for f, gate, out, i in _chunks(self.map, mc, pooled, index):
             f.mul_(gate)
-            torch.mean(f, 1, keepdim=True, out=out[:, :1])
-            torch.max(f, 1, keepdim=True, out=(out[:, 1:], i))
+            out[:, :1] = f.mean(1, keepdim=True)
+            out[:, 1:], i[:] = f.max(1, keepdim=True)
         self.index = index.to(torch.int32)
         return pooled
 
