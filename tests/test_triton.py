@@ -148,6 +148,7 @@ def test_nan():
     assert torch.equal(out.isnan(), x.isnan())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == 'cuda' or INTERPRETER, reason='the kernels run in this process')
 def test_in_interpreter():
     result = subprocess.run(
@@ -156,6 +157,7 @@ def test_in_interpreter():
     assert result.returncode == 0, result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETER, reason='the interpreter does not compile')
 def test_compiles_for_gpu(tmp_path):
     """A GPU is needed to run kernels, but not to compile them."""
