@@ -43,7 +43,8 @@ def _sum_space(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return torch.bmm(factor.flatten(2), x.flatten(2).mT.to(factor.dtype)).view(*x.shape[:2], 1, 1)
 
 
-def _mean_space(x: torch.Tensor, *args, **kwargs) -> torch.Tensor:
+def _mean_space(x: torch.Tensor, dim: Tuple[int, int], keepdim: bool) -> torch.Tensor:
+    """torch.mean as a matrix product, for the arguments that _pool_space gives its pools."""
     return _sum_space(x, x.new_full((len(x), 1, *x.shape[2:]), 1 / x[0, 0].numel()))
 
 
