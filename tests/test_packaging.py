@@ -29,7 +29,8 @@ def wheel(tmp_path_factory):
 def test_wheel_has_what_it_should(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     assert {n for n in names if '/' not in n} == STARTUP
-    modules = {f'timm_cbam/{p.name}' for p in (ROOT / 'timm_cbam').glob('*.py')}
+    startup = ROOT / 'timm_cbam' / 'startup'
+    modules = {str(p.relative_to(ROOT)) for p in (ROOT / 'timm_cbam').rglob('*.py') if p.parent != startup}
     info = f"{wheel.name.split('-py3')[0]}.dist-info"
     metadata = {f'{info}/{name}' for name in ('METADATA', 'WHEEL', 'RECORD', 'entry_points.txt', 'licenses/LICENSE')}
     assert set(names) == STARTUP | modules | metadata | {'timm_cbam/py.typed'}
