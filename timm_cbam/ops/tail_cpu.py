@@ -28,11 +28,6 @@ def _per_channel(t: torch.Tensor) -> torch.Tensor:
     return t.view(1, -1, 1, 1)
 
 
-def _pool_space(x: torch.Tensor, *pools: Callable) -> Tuple[torch.Tensor, ...]:
-    parts = [[pool(part, (2, 3), keepdim=True) for pool in pools] for (part,) in _chunks(x)]
-    return tuple(torch.cat(p) for p in zip(*parts, strict=True))
-
-
 def _sum_channels(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """``sum_C x * factor``, with a factor per channel: (B, 1, H, W)."""
     return torch.bmm(factor.flatten(2).mT, x.flatten(2).to(factor.dtype)).view(len(x), 1, *x.shape[2:])
@@ -43,9 +38,9 @@ def _sum_space(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     return torch.bmm(factor.flatten(2), x.flatten(2).mT.to(factor.dtype)).view(*x.shape[:2], 1, 1)
 
 
-def _mean_space(x: torch.Tensor, dim: Tuple[int, int], keepdim: bool) -> torch.Tensor:
-    """torch.mean as a matrix product, for the arguments that _pool_space gives its pools."""
-    return _sum_space(x, x.new_full((len(x), 1, *x.shape[2:]), 1 / x[0, 0].numel()))
+def _mean_space(x: torch.Tensor) -> torch.Tensor:
+    """Average over space as a matrix product, (B, C)."""
+    return torch.bmm(x.new_full((len(x), 1, x[0, 0].numel()), 1 / x[0, 0].numel()), x.flatten(2).mT)[:, 0]
 
 
 def batch_norm(
@@ -78,12 +73,10 @@ def infer_cpu(
         relu: bool,
 ) -> torch.Tensor:
     """All passes where no gradient is needed, in the place of the batch-norm's output f."""
-    mc = channel_gate(torch.stack(_pool_space(f, _mean_space, torch.amax)).flatten(2))
+    f *= channel_gate(torch.stack([_mean_space(f), f.flatten(2).amax(2)]))
     pooled = _empty_pooled(f)
-    for part, gate, out in _chunks(f, mc, pooled):
-        part.mul_(gate)
-        out[:, :1] = part.mean(1, keepdim=True)
-        out[:, 1:] = part.amax(1, keepdim=True)
+    pooled[:, 0] = f.mean(1)
+    pooled[:, 1] = f.amax(1)
     torch.addcmul(shortcut, f, spatial_gate(pooled), out=f)
     return f.relu_() if relu else f
 
@@ -91,8 +84,9 @@ def infer_cpu(
 class CpuTail(Tail):
 
     def channel_pool(self, x, weight, bias, running_mean, running_var, momentum, eps):
-        self.avg, high, low = _pool_space(x, _mean_space, torch.amax, torch.amin)
-        self.top = torch.where(_per_channel(weight) < 0, low, high)  # F falls with x where the weight is negative
+        flat = x.flatten(2)
+        top = torch.where(weight < 0, flat.amin(2), flat.amax(2))  # F falls with x where the weight is negative
+        self.avg, self.top = (t[..., None, None] for t in (_mean_space(x), top))
         self.map = torch.empty_like(x)
         if self.training:
             mean, invstd = weight.new_empty(2, len(weight))
@@ -106,11 +100,9 @@ class CpuTail(Tail):
 
     def spatial_pool(self, x, mc):
         pooled = _empty_pooled(x)
-        index = torch.empty_like(x[:, :1], dtype=torch.long)
-        for f, gate, out, i in _chunks(self.map, mc, pooled, index):
-            f.mul_(gate)
-            out[:, :1] = f.mean(1, keepdim=True)
-            out[:, 1:], i[:] = f.max(1, keepdim=True)
+        self.map *= mc
+        pooled[:, :1] = self.map.mean(1, keepdim=True)
+        pooled[:, 1:], index = self.map.max(1, keepdim=True)
         self.index = index.to(torch.int32)
         return pooled
 
@@ -119,15 +111,13 @@ class CpuTail(Tail):
         return self.map.relu_() if self.relu else self.map
 
     def gate_add_backward(self, grad, out):
-        self.g = torch.empty_like(self.x) if self.relu else grad
+        self.g = torch.ops.aten.threshold_backward(grad, out, 0) if self.relu else grad
         scale, bias, mean = (_per_channel(t) for t in (self.scale, self.bias, self.mean))
         k_gx, ms = self.mc * scale, self.ms.to(scale.dtype)
         k_g = self.mc * (bias - mean * scale)
         scratch = _scratch(self.x)
         parts = []
-        for x, k1, k0, m, dy, y, g in _chunks(self.x, k_gx, k_g, ms, grad, out, self.g):
-            if self.relu:
-                torch.ops.aten.threshold_backward.grad_input(dy, y, 0, grad_input=g)
+        for x, k1, k0, m, g in _chunks(self.x, k_gx, k_g, ms, self.g):
             gx = torch.mul(x, g, out=scratch[:len(x)])
             parts.append((_sum_channels(gx, k1) + _sum_channels(g, k0), _sum_space(g, m), _sum_space(gx, m)))
         dms, self.s0, s1 = (torch.cat(p) for p in zip(*parts, strict=True))
@@ -141,7 +131,7 @@ class CpuTail(Tail):
         davg = davg - total / davg[0].numel()
         self.s0 += total
         self.s1 += total * (self.avg - _per_channel(self.mean))
-        self.s1 += torch.cat([_sum_space(x, d) for x, d in _chunks(self.x, davg)])
+        self.s1 += _sum_space(self.x, davg)
         index = self.index.long()
         centered = self.x.gather(1, index) - self.mean[index]
         for s, value in ((self.s0, dmax), (self.s1, dmax * centered)):
