@@ -4,7 +4,7 @@ Operations as the compiler likes them. It would write a batch-norm into each loo
 for every element, and a gate with an exponential; so both become one factor and one summand per channel before, in an
 operation that it cannot look into. Space is pooled from x, a row at a time, because a row stays in the cache.
 """
-from typing import Callable, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,22 +12,41 @@ import torch.nn.functional as F
 
 @torch.library.custom_op('timm_cbam::channel_factors', mutates_args=())
 def channel_factors(
-        mc: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor,
         mean: torch.Tensor,
         var: torch.Tensor,
         eps: float,
+        gate: Optional[torch.Tensor] = None,
 ) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Factor and summand, (B, C, 1, 1), with which ``F' = x * factor + summand``."""
+    """Factor and summand with which ``batch_norm(x) * gate = x * factor + summand``.
+
+    Their shape is that of the gate, (B, C, 1, 1), or (C, 1, 1) without one, and their dtype at least float32.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
     scale = weight * torch.rsqrt(var + eps)
-    return mc * scale.view(-1, 1, 1), mc * (bias - mean * scale).view(-1, 1, 1)
+    factor, summand = scale.view(-1, 1, 1), (bias - mean * scale).view(-1, 1, 1)
+    return (factor, summand) if gate is None else (gate * factor, gate * summand)
 
 
 @channel_factors.register_fake
-def _(mc, weight, bias, mean, var, eps):
-    dtype = torch.promote_types(mc.dtype, weight.dtype)
-    return torch.empty_like(mc, dtype=dtype), torch.empty_like(mc, dtype=dtype)
+def _(weight, bias, mean, var, eps, gate=None):
+    shape = (len(weight), 1, 1) if gate is None else gate.shape
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype)
+
+
+def batch_norm_compiled(
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor,
+        running_mean: torch.Tensor,
+        running_var: torch.Tensor,
+        eps: float,
+) -> torch.Tensor:
+    """Batch-norm in eval mode."""
+    factor, summand = channel_factors(weight, bias, running_mean, running_var, eps)
+    return (x * factor + summand).to(x.dtype)
 
 
 def infer_compiled(
@@ -46,7 +65,7 @@ def infer_compiled(
     pooled = torch.stack([x.mean(3).mean(2), top])
     pooled = (pooled - running_mean) * (weight * torch.rsqrt(running_var + eps)) + bias
     mc = channel_gate(pooled.to(x.dtype))
-    factor, summand = channel_factors(mc, weight, bias, running_mean, running_var, eps)
+    factor, summand = channel_factors(weight, bias, running_mean, running_var, eps, mc)
     f = (x * factor + summand).to(x.dtype)
     ms = spatial_gate(torch.cat([f.mean(1, keepdim=True), f.amax(1, keepdim=True)], dim=1))
     out = shortcut + f * ms
