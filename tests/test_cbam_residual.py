@@ -12,6 +12,7 @@ from helpers import fail, liven, relative_error, run
 from torch.utils.checkpoint import checkpoint
 
 from timm_cbam.ops import cbam_residual, cbam_residual_ref
+from timm_cbam.ops.compiled import channel_factors
 
 GRADIENTS = ('x', 'shortcut', 'weight', 'bias', 'w0', 'w1', 'kernel')
 
@@ -364,6 +365,19 @@ def test_compiled_inference(model, images, dtype):
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     with torch.no_grad(), torch.autocast('cpu', dtype=dtype, enabled=dtype == torch.bfloat16):
         assert relative_error(compiled(images), model(images)) < (1e-5 if dtype == torch.float32 else 0.05)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_channel_factors(dtype):
+    weight, bias, mean, var = torch.rand(4, 6, dtype=dtype).unbind()
+    gate = torch.rand(2, 6, 1, 1, dtype=dtype)
+    x = torch.randn(2, 6, 3, 3, dtype=torch.float64)
+    expected = F.batch_norm(x, mean.double(), var.double(), weight.double(), bias.double())
+    for gates in ((), (gate,)):
+        factor, summand = channel_factors(weight, bias, mean, var, 1e-5, *gates)
+        scaled = expected * gate.double() if gates else expected
+        assert error(x * factor + summand, scaled) < 1e-5  # in float32, whatever the arguments' dtype
+        torch.library.opcheck(channel_factors, (weight, bias, mean, var, 1e-5, *gates))
 
 
 def test_switch():

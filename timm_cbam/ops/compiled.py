@@ -23,7 +23,8 @@ def channel_factors(
 
     Their shape is that of the gate, (B, C, 1, 1), or (C, 1, 1) without one, and their dtype at least float32.
     """
-    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    weight, bias, mean, var = (t.to(dtype) for t in (weight, bias, mean, var))
     scale = weight * torch.rsqrt(var + eps)
     factor, summand = scale.view(-1, 1, 1), (bias - mean * scale).view(-1, 1, 1)
     return (factor, summand) if gate is None else (gate * factor, gate * summand)
