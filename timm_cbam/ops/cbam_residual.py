@@ -106,7 +106,8 @@ class ChannelPoolFn(Function):
         if tail.training:
             k_x = -scale * invstd.square() * s1 / (b * h * w)
             k = k - scale * s0 / (b * h * w) - k_x * mean
-        dx = tail.channel_pool_backward(tail.davg, tail.dmax, scale * tail.mc, scale * dtop, k_x, k)
+        with torch.autocast(grad.device.type, enabled=False):
+            dx = tail.channel_pool_backward(tail.davg, tail.dmax, scale * tail.mc, scale * dtop, k_x, k)
         tail.clear()
         return None, dx, (s1 * invstd).flatten(), s0.flatten(), None, None, None, None
 

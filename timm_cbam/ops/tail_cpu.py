@@ -141,11 +141,16 @@ class CpuTail(Tail):
         dx = torch.empty_like(self.x)
         scratch = _scratch(self.x)
         index, one = self.index.long(), torch.ones_like(self.s0[:, :1, :1, :1]).expand_as(self.ms)
-        for x, g, ms, da, dm, i, top, kg, kt, k0, d in _chunks(
-                self.x, self.g, self.ms, davg, dmax, index, self.top, k_gate, k_top, k, dx):
-            torch.mul(g, ms, out=d).add_(da).scatter_add_(1, i, dm).mul_(kg)
+        dmax = dmax * k_gate.flatten(1).gather(1, index.flatten(1)).view_as(dmax)
+        # k_gate * davg + k is a matrix of rank 2
+        columns = torch.stack([k_gate, k], dim=2).flatten(2).to(dx.dtype)
+        rows = torch.cat([davg, torch.ones_like(davg)], dim=1).flatten(2).to(dx.dtype)
+        for x, g, ms, i, dm, column, row, top, kg, kt, d in _chunks(
+                self.x, self.g, self.ms, index, dmax.to(dx.dtype), columns, rows, self.top, k_gate, k_top, dx):
+            torch.mul(g, ms, out=d).mul_(kg).flatten(2).baddbmm_(column, row)
+            d.scatter_add_(1, i, dm)
             at_top = torch.eq(x, top, out=scratch[:len(x)])
-            d.addcmul_(at_top, kt / _sum_space(at_top, one[:len(x)])).add_(k0)
+            d.addcmul_(at_top, kt / _sum_space(at_top, one[:len(x)]))
             if k_x is not None:
                 d.addcmul_(x, k_x)
         return dx
