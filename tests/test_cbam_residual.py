@@ -303,6 +303,17 @@ def test_stochastic_depth(model, images, monkeypatch):
     assert all(error(a, b.double()) < 1e-8 for a, b in zip(fused, plain, strict=True))
 
 
+@pytest.mark.parametrize('act_layer', ['silu', 'gelu', 'leaky_relu'])
+def test_other_activations(act_layer, images, monkeypatch):
+    """They follow the fused tail as they are, in place where they are so."""
+    model = liven(timm.create_model('cbam_resnet18', num_classes=10, act_layer=act_layer)).double()
+    other = copy.deepcopy(model)
+    fused = gradients(model, images.double())
+    plain_operations(monkeypatch)
+    plain = gradients(other, images.double())
+    assert all(error(a, b.double()) < 1e-8 for a, b in zip(fused, plain, strict=True))
+
+
 def test_other_layers_fall_back(images):
     """Modules that are not what their class says run as they are: other layers, parametrised and replaced ones."""
     model = liven(timm.create_model('cbam_resnet18', num_classes=10, act_layer='silu', norm_layer='groupnorm'))

@@ -136,8 +136,10 @@ class GateAddFn(Function):
     def forward(ctx, tail, x, mc, ms, shortcut):
         out = tail.gate_add(x, mc, ms, shortcut)
         ctx.tail = tail
+        # only ReLU's gradient needs the output, which another activation may overwrite
         ctx.save_for_backward(
-            x, mc, ms, out, tail.mean, tail.invstd, tail.scale, tail.bias, tail.avg, tail.top, tail.index)
+            x, mc, ms, out if tail.relu else None, tail.mean, tail.invstd, tail.scale, tail.bias, tail.avg, tail.top,
+            tail.index)
         tail.clear()
         return out
 
@@ -146,7 +148,7 @@ class GateAddFn(Function):
     def backward(ctx, grad):
         tail = ctx.tail
         (tail.x, tail.mc, tail.ms, out, tail.mean, tail.invstd, tail.scale, tail.bias, tail.avg, tail.top,
-         tail.index) = (t.detach() for t in ctx.saved_tensors)
+         tail.index) = (None if t is None else t.detach() for t in ctx.saved_tensors)
         with torch.autocast(grad.device.type, enabled=False):
             dms = tail.gate_add_backward(grad, out)
         return None, None, None, dms, tail.g

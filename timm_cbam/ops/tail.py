@@ -17,6 +17,8 @@ and F'' are not kept for them, because they follow from x. With g the gradient o
 Of dF' the second needs only sums over space, of dF' and dF' * (x - mean): dmc follows from them, and so do the sums
 over batch and space in batch-norm's rule. So no map of dF' or dF is ever written.
 """
+from typing import Optional
+
 import torch
 
 
@@ -57,8 +59,8 @@ class Tail:
         """Return the block's output."""
         raise NotImplementedError
 
-    def gate_add_backward(self, grad: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Set g, return dms, given the output and its gradient."""
+    def gate_add_backward(self, grad: torch.Tensor, out: Optional[torch.Tensor]) -> torch.Tensor:
+        """Set g, return dms, given the gradient of the output and, with ReLU, the output."""
         raise NotImplementedError
 
     def spatial_pool_backward(self, davg: torch.Tensor, dmax: torch.Tensor) -> None:
