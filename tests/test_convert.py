@@ -97,7 +97,8 @@ def test_file_formats(tmp_path):
     (lambda: torchvision.models.resnet18(), 'resnet18'),
     (lambda: timm.create_model('resnet18', num_classes=7, in_chans=1), 'resnet18'),
     (lambda: timm.create_model('resnet50d', num_classes=7, in_chans=1), 'resnet50d'),
-    (lambda: torchvision.models.resnext50_32x4d(num_classes=7), 'resnext50_32x4d'),
+    pytest.param(
+        lambda: torchvision.models.resnext50_32x4d(num_classes=7), 'resnext50_32x4d', marks=pytest.mark.slow),
 ], ids=['torchvision', 'timm', 'deep stem', 'groups'])
 def test_plain_resnet(create, base, tmp_path):
     theirs = liven(create())

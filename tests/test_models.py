@@ -21,7 +21,7 @@ PARAMETERS = {
     'cbam_resnext50_32x4d': 27_545_416, 'cbam_resnext101_32x4d': 48_924_106, 'cbam_resnext101_32x8d': 93_537_738,
     'cbam_wide_resnet50_2': 71_399_752, 'cbam_resnet50d': 28_092_776,
 }
-KINDS = ['cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_s1', 'cbam_resnet18_eccv18']
+KINDS = ['cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_s1', 'cbam_resnet18_eccv18', 'cbam_resnext50_32x4d']
 
 
 def test_registered():
@@ -128,7 +128,8 @@ def test_arguments_reach_the_modules():
     assert model.layer4[1].drop_block.drop_prob == 0.1
     zero = {name: timm.create_model(name, device='cpu').layer1[0].bn2.weight.abs().max().item() for name in KINDS}
     assert zero == {
-        'cbam_resnet18': 0, 'cbam_resnet50': 1, 'cbam_resnet18_s1': 0, 'cbam_resnet18_eccv18': 1}
+        'cbam_resnet18': 0, 'cbam_resnet50': 1, 'cbam_resnet18_s1': 0, 'cbam_resnet18_eccv18': 1,
+        'cbam_resnext50_32x4d': 1}
     assert timm.create_model('cbam_resnet50').layer1[0].bn3.weight.abs().max() == 0
     assert timm.create_model('cbam_resnet18', zero_init_last=False).layer1[0].bn2.weight.min() == 1
 
@@ -136,6 +137,8 @@ def test_arguments_reach_the_modules():
 @pytest.mark.parametrize('name,strides', [
     ('cbam_resnet18', {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}),
     ('cbam_resnet50', {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}),
+    ('cbam_resnet50d', {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}),
+    ('cbam_resnext50_32x4d', {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}),
     ('cbam_resnet50_s1', {
         32: [1, 1, 2, 4, 8], 16: [1, 1, 2, 4, 8], 8: [1, 1, 2, 4, 8], 4: [1, 1, 2, 4, 4], 2: [1, 1, 2, 2, 2]}),
 ])
