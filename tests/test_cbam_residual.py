@@ -198,7 +198,8 @@ def test_backward_twice():
 
 # ---- in the model
 
-@pytest.fixture(params=['cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_eccv18'])
+@pytest.fixture(params=['cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_eccv18'] + [
+    pytest.param(name, marks=pytest.mark.slow) for name in ('cbam_resnet50d', 'cbam_resnext50_32x4d')])
 def model(request):
     torch.manual_seed(0)
     return liven(timm.create_model(request.param, num_classes=10, drop_path_rate=0.))

@@ -16,6 +16,7 @@ from helpers import SUFFIXES, golden_case, golden_cases, golden_input, golden_st
 from pytorchcv.model_provider import get_model
 from safetensors.torch import save_file
 
+import timm_cbam.cbam_resnet
 import timm_cbam.convert
 from timm_cbam.cli import main
 from timm_cbam.weights import to_native_layout
@@ -68,6 +69,14 @@ def test_depth_and_stem_are_inferred(source, name):
     assert timm_cbam.convert._infer_model(shapes, None) == (name, {})
 
 
+@pytest.mark.parametrize('base', [
+    'resnet50d', 'resnext50_32x4d', 'resnext101_32x4d', 'resnext101_32x8d', 'wide_resnet50_2'])
+def test_width_groups_and_deep_stem_are_inferred(base):
+    for name, kwargs in ((base, {}), (f'cbam_{base}', {}), (f'cbam_{base}', dict(cbam_args=dict(mlp_bias=True)))):
+        shapes = timm.create_model(name, in_chans=4, device='meta', **kwargs).state_dict()
+        assert timm_cbam.convert._infer_model(shapes, None) == (f'cbam_{base}', dict(kwargs, in_chans=4))
+
+
 def test_file_formats(tmp_path):
     model = liven(timm.create_model('cbam_resnet18', num_classes=3))
     x = torch.randn(1, 3, 64, 64)
@@ -84,17 +93,21 @@ def test_file_formats(tmp_path):
         assert torch.equal(load(tmp_path / f'{name}-folder')(x), model(x)), name
 
 
-@pytest.mark.parametrize('create', [
-    lambda: torchvision.models.resnet18(), lambda: timm.create_model('resnet18', num_classes=7, in_chans=1),
-], ids=['torchvision', 'timm'])
-def test_plain_resnet(create, tmp_path):
+@pytest.mark.parametrize('create,base', [
+    (lambda: torchvision.models.resnet18(), 'resnet18'),
+    (lambda: timm.create_model('resnet18', num_classes=7, in_chans=1), 'resnet18'),
+    (lambda: timm.create_model('resnet50d', num_classes=7, in_chans=1), 'resnet50d'),
+    pytest.param(
+        lambda: torchvision.models.resnext50_32x4d(num_classes=7), 'resnext50_32x4d', marks=pytest.mark.slow),
+], ids=['torchvision', 'timm', 'deep stem', 'groups'])
+def test_plain_resnet(create, base, tmp_path):
     theirs = liven(create())
-    torch.save(theirs.state_dict(), tmp_path / 'resnet18.pth')
+    torch.save(theirs.state_dict(), tmp_path / 'plain.pth')
     for name in ('a', 'b'):  # the gates, which are drawn, are the same every time
-        timm_cbam.convert.convert(tmp_path / 'resnet18.pth', tmp_path / name, verify=True)
+        timm_cbam.convert.convert(tmp_path / 'plain.pth', tmp_path / name, verify=True)
     ours = load(tmp_path / 'a')
-    x = torch.randn(2, theirs.conv1.in_channels, 64, 64)
-    assert ours.pretrained_cfg['architecture'] == 'cbam_resnet18' and torch.equal(ours(x), theirs(x))
+    x = torch.randn(2, ours.in_chans, 65, 65)
+    assert ours.pretrained_cfg['architecture'] == f'cbam_{base}' and torch.equal(ours(x), theirs(x))
     assert (tmp_path / 'a' / 'model.safetensors').read_bytes() == (tmp_path / 'b' / 'model.safetensors').read_bytes()
 
 
@@ -138,6 +151,9 @@ def without(*keys):
     (lambda: dict(without(), **{'conv1.weight': torch.zeros(3)}), [], r'conv1.weight has shape \(3,\)'),
     (lambda: dict(without(), **{'layer1.0.se.channel.fc1.weight': torch.zeros(4, 0, 1, 1)}), [],
      r'layer1.0.se.channel.fc1.weight has shape \(4, 0, 1, 1\)'),
+    (lambda: timm.create_model('resnext50_32x4d', cardinality=16, base_width=8).state_dict(), [],
+     'closest to cbam_resnext50_32x4d.*mismatch for layer1.0.conv2.weight.*plain ResNet, of another depth, width'),
+    (lambda: timm.create_model('resnet14t').state_dict(), [], 'looks like a plain ResNet, of another depth.*Missing: '),
     (without, ['--model', 'cbam_resnet34'], 'comes closest to cbam_resnet34.*of another depth'),
     (lambda: timm.create_model('cbam_resnet18', cbam_args=dict(spatial_pooling='max')).state_dict(), [],
      'average or the maximum, which does not show'),
@@ -228,15 +244,15 @@ def test_interrupted_while_writing(tmp_path, monkeypatch):
 
 
 def test_wrong_conversion_is_found(tmp_path, monkeypatch, capsys):
-    convert_state_dict = timm_cbam.convert.convert_state_dict
+    adapt_state_dict = timm_cbam.cbam_resnet.adapt_state_dict
 
     def wrong(state_dict, model):
-        state_dict = dict(convert_state_dict(state_dict, model))
+        state_dict = dict(adapt_state_dict(state_dict, model))
         state_dict['fc.weight'] = state_dict['fc.weight'] * (1 + 1e-6)
         return state_dict
 
     torch.save(without(), tmp_path / 'a.pth')
-    monkeypatch.setattr(timm_cbam.convert, 'convert_state_dict', wrong)
+    monkeypatch.setattr(timm_cbam.cbam_resnet, 'adapt_state_dict', wrong)
     assert main(['convert', str(tmp_path / 'a.pth'), str(tmp_path / 'dst'), '--verify']) == 1
     assert 'dst does not compute what' in capsys.readouterr().err
     assert os.listdir(tmp_path) == ['a.pth']

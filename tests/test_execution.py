@@ -12,6 +12,7 @@ from timm.models import FeatureGraphNet
 VARIANTS = {
     'cbam_resnet18': ('cbam_resnet18', {}),
     'bottleneck-s1': ('cbam_resnet50_s1', {}),
+    'deep-stem': ('cbam_resnet50d', {}),
     'eccv18': ('cbam_resnet18_eccv18', {}),
     'spatial_channel': ('cbam_resnet18', dict(arrangement='spatial_channel')),
     'parallel': ('cbam_resnet18', dict(arrangement='parallel')),

@@ -17,8 +17,11 @@ PARAMETERS = {
     'cbam_resnet101_eccv18': 49_330_172, 'cbam_resnet152_eccv18': 66_826_848,
     'cbam_resnet18_s1': 11_769_656, 'cbam_resnet34_s1': 21_948_744, 'cbam_resnet50_s1': 28_065_864,
     'cbam_resnet101_s1': 49_287_882, 'cbam_resnet152_s1': 66_768_204,
+    # the paper's table 4 has 27.56 and 48.96 million for the ResNeXts, with biases in the MLP and batch-norms
+    'cbam_resnext50_32x4d': 27_545_416, 'cbam_resnext101_32x4d': 48_924_106, 'cbam_resnext101_32x8d': 93_537_738,
+    'cbam_wide_resnet50_2': 71_399_752, 'cbam_resnet50d': 28_092_776,
 }
-KINDS = ['cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_s1', 'cbam_resnet18_eccv18']
+KINDS = ['cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_s1', 'cbam_resnet18_eccv18', 'cbam_resnext50_32x4d']
 
 
 def test_registered():
@@ -35,7 +38,7 @@ def test_parameters(name):
     assert cfg['architecture'] == name
     if cfg['tag'].startswith('warm_'):  # the paper and license of timm's weights
         theirs = timm.get_pretrained_cfg(name.replace('cbam_', ''))
-        assert (cfg['paper_ids'], cfg['license']) == (theirs.paper_ids, theirs.license)
+        assert (cfg.get('paper_ids'), cfg['license']) == (theirs.paper_ids, theirs.license)
     else:
         assert cfg['paper_ids'] == 'arXiv:1807.06521'
         assert cfg['license'] == ('mit' if cfg.get('url') else 'apache-2.0')
@@ -60,13 +63,20 @@ def test_article_multiply_adds_and_feature_maps():
     assert shapes == [(64, 224, 224), (256, 224, 224), (512, 112, 112), (1024, 56, 56), (2048, 28, 28)]
 
 
-def test_cost_beside_the_plain_resnet():
+@pytest.mark.parametrize('base,layers', [
+    ('resnet50', (3, 4, 6, 3)), ('resnet50d', (3, 4, 6, 3)), ('wide_resnet50_2', (3, 4, 6, 3)),
+    ('resnext50_32x4d', (3, 4, 6, 3)), ('resnext101_32x4d', (3, 4, 23, 3)), ('resnext101_32x8d', (3, 4, 23, 3)),
+])
+def test_cost_beside_the_plain_resnet(base, layers):
     """Attention that is left out, or applied to fewer blocks, would show here."""
     plain, cbam = (
         torchinfo.summary(timm.create_model(name, device='meta'), (1, 3, 224, 224), device='meta', verbose=0)
-        for name in ('resnet50', 'cbam_resnet50'))
-    assert cbam.total_params - plain.total_params == 2_516_512
-    assert 6.0e6 < cbam.total_mult_adds - plain.total_mult_adds < 7.0e6
+        for name in (base, f'cbam_{base}'))
+    # per block two matrices of C x C/16 and a 7x7 kernel of two channels, which runs over the map
+    stages = list(zip(layers, (256, 512, 1024, 2048), (56, 28, 14, 7), strict=True))
+    assert cbam.total_params - plain.total_params == sum(n * (c * c // 8 + 98) for n, c, _ in stages)
+    multiply_adds = sum(n * (2 * c * c // 8 + 98 * size ** 2) for n, c, size in stages)
+    assert cbam.total_mult_adds - plain.total_mult_adds == multiply_adds
 
 
 @pytest.mark.parametrize('name', KINDS)
@@ -118,7 +128,8 @@ def test_arguments_reach_the_modules():
     assert model.layer4[1].drop_block.drop_prob == 0.1
     zero = {name: timm.create_model(name, device='cpu').layer1[0].bn2.weight.abs().max().item() for name in KINDS}
     assert zero == {
-        'cbam_resnet18': 0, 'cbam_resnet50': 1, 'cbam_resnet18_s1': 0, 'cbam_resnet18_eccv18': 1}
+        'cbam_resnet18': 0, 'cbam_resnet50': 1, 'cbam_resnet18_s1': 0, 'cbam_resnet18_eccv18': 1,
+        'cbam_resnext50_32x4d': 1}
     assert timm.create_model('cbam_resnet50').layer1[0].bn3.weight.abs().max() == 0
     assert timm.create_model('cbam_resnet18', zero_init_last=False).layer1[0].bn2.weight.min() == 1
 
@@ -126,6 +137,8 @@ def test_arguments_reach_the_modules():
 @pytest.mark.parametrize('name,strides', [
     ('cbam_resnet18', {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}),
     ('cbam_resnet50', {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}),
+    ('cbam_resnet50d', {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}),
+    ('cbam_resnext50_32x4d', {32: [2, 4, 8, 16, 32], 16: [2, 4, 8, 16, 16], 8: [2, 4, 8, 8, 8]}),
     ('cbam_resnet50_s1', {
         32: [1, 1, 2, 4, 8], 16: [1, 1, 2, 4, 8], 8: [1, 1, 2, 4, 8], 4: [1, 1, 2, 4, 4], 2: [1, 1, 2, 2, 2]}),
 ])

@@ -13,7 +13,7 @@ from timm.models import get_arch_pretrained_cfgs
 
 pytestmark = pytest.mark.slow
 
-MODELS = ('cbam_resnet18', 'cbam_resnet50', 'cbam_resnet50_s1')
+MODELS = ('cbam_resnet18', 'cbam_resnet50', 'cbam_resnet50_s1', 'cbam_resnet50d')
 
 
 @pytest.fixture(scope='module')

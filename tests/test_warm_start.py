@@ -30,23 +30,36 @@ def warm(state_dict, name='cbam_resnet18', **kwargs):
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay=overlay, **kwargs).eval()
 
 
-@pytest.mark.parametrize('depth', [18, 34, 50, 101, 152])
-def test_tags_are_those_of_timm(depth):
-    base, ours = f'resnet{depth}', get_arch_pretrained_cfgs(f'cbam_resnet{depth}')
-    theirs = get_arch_pretrained_cfgs(base)
-    assert set(ours) == {f'cbam_{base}.warm_{cfg.tag}' for cfg in theirs.values()} and len(ours) >= 5
+@pytest.mark.parametrize('base', [
+    'resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152', 'resnet50d', 'resnext50_32x4d', 'resnext101_32x4d',
+    'resnext101_32x8d', 'wide_resnet50_2',
+])
+def test_tags_are_those_of_timm(base):
+    ours = get_arch_pretrained_cfgs(f'cbam_{base}')
+    theirs = {name: cfg for name, cfg in get_arch_pretrained_cfgs(base).items() if cfg.tag != 'untrained'}
+    assert set(ours) == {f'cbam_{base}.warm_{cfg.tag}' for cfg in theirs.values()} and len(ours) >= 3
     for cfg in theirs.values():
         expected = dict(cfg.to_dict(), architecture=f'cbam_{base}', tag=f'warm_{cfg.tag}')
         assert ours[f'cbam_{base}.warm_{cfg.tag}'].to_dict() == expected
     assert get_pretrained_cfg(f'cbam_{base}').tag == f'warm_{get_pretrained_cfg(base).tag}'
 
 
+@pytest.mark.parametrize('name', ['cbam_resnet50', 'cbam_resnet50d', 'cbam_resnext50_32x4d', 'cbam_wide_resnet50_2'])
+def test_cfg_names_the_first_convolution(name):
+    """timm adapts the layer of that name to other in_chans."""
+    conv = timm.create_model(name, device='meta').get_submodule(get_pretrained_cfg(name).first_conv)
+    assert isinstance(conv, torch.nn.Conv2d) and conv.in_channels == 3
+
+
 @pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'channels_last'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
-@pytest.mark.parametrize('depth', [18, 50] + [pytest.param(d, marks=pytest.mark.slow) for d in (34, 101, 152)])
-def test_bitwise_equal(depth, dtype, channels_last):
-    theirs = plain(f'resnet{depth}')
-    ours = warm(theirs.state_dict(), f'cbam_resnet{depth}')
+@pytest.mark.parametrize('base', ['resnet18', 'resnet50', 'resnet50d'] + [
+    pytest.param(base, marks=pytest.mark.slow) for base in (
+        'resnet34', 'resnet101', 'resnet152', 'resnext50_32x4d', 'resnext101_32x4d', 'resnext101_32x8d',
+        'wide_resnet50_2')])
+def test_bitwise_equal(base, dtype, channels_last):
+    theirs = plain(base)
+    ours = warm(theirs.state_dict(), f'cbam_{base}')
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
     x = images(dtype=dtype).to(memory_format=memory_format)
     for model in (theirs, ours):

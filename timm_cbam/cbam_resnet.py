@@ -6,6 +6,10 @@ before the shortcut is added.
 Papers:
 * `CBAM: Convolutional Block Attention Module` - https://arxiv.org/abs/1807.06521
 * `Deep Residual Learning for Image Recognition` - https://arxiv.org/abs/1512.03385
+* `Aggregated Residual Transformations for Deep Neural Networks` (ResNeXt) - https://arxiv.org/abs/1611.05431
+* `Wide Residual Networks` - https://arxiv.org/abs/1605.07146
+* `Bag of Tricks for Image Classification with Convolutional Neural Networks` (ResNet-D) -
+  https://arxiv.org/abs/1812.01187
 """
 from dataclasses import replace
 from functools import partial
@@ -298,7 +302,7 @@ def _warm_cfgs(base: str) -> Dict[str, Any]:
     default_tag = get_pretrained_cfg(base).tag
     return {
         f"cbam_{base}.warm_{cfg.tag}{'*' if cfg.tag == default_tag else ''}": replace(cfg, architecture=None, tag=None)
-        for cfg in get_arch_pretrained_cfgs(base).values()
+        for cfg in get_arch_pretrained_cfgs(base).values() if cfg.has_weights
     }
 
 
@@ -308,6 +312,11 @@ default_cfgs = generate_default_cfgs({
     **_warm_cfgs('resnet50'),
     **_warm_cfgs('resnet101'),
     **_warm_cfgs('resnet152'),
+    **_warm_cfgs('resnet50d'),
+    **_warm_cfgs('resnext50_32x4d'),
+    **_warm_cfgs('resnext101_32x4d'),
+    **_warm_cfgs('resnext101_32x8d'),
+    **_warm_cfgs('wide_resnet50_2'),
 
     'cbam_resnet18_s1.untrained': _s1_cfg(),
     'cbam_resnet34_s1.untrained': _s1_cfg(),
@@ -373,6 +382,46 @@ def cbam_resnet152(pretrained: bool = False, **kwargs) -> CbamResNet:
     """
     model_args = dict(block=CbamBottleneck, layers=(3, 8, 36, 3))
     return _create_cbam_resnet('cbam_resnet152', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnet50d(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNet-50-D model, with a deep stem and average pooling in the shortcuts.
+    """
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 6, 3), stem_width=32, stem_type='deep', avg_down=True)
+    return _create_cbam_resnet('cbam_resnet50d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnext50_32x4d(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNeXt-50 32x4d model, a network of the paper.
+    """
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 6, 3), cardinality=32, base_width=4)
+    return _create_cbam_resnet('cbam_resnext50_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnext101_32x4d(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNeXt-101 32x4d model, a network of the paper.
+    """
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=4)
+    return _create_cbam_resnet('cbam_resnext101_32x4d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_resnext101_32x8d(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-ResNeXt-101 32x8d model.
+    """
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 23, 3), cardinality=32, base_width=8)
+    return _create_cbam_resnet('cbam_resnext101_32x8d', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def cbam_wide_resnet50_2(pretrained: bool = False, **kwargs) -> CbamResNet:
+    """Constructs a CBAM-Wide-ResNet-50-2 model, whose 3x3 convolutions have twice the channels.
+    """
+    model_args = dict(block=CbamBottleneck, layers=(3, 4, 6, 3), base_width=128)
+    return _create_cbam_resnet('cbam_wide_resnet50_2', pretrained, **dict(model_args, **kwargs))
 
 
 @register_model

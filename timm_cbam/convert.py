@@ -30,7 +30,8 @@ from .weights import (
 __all__ = ['convert']
 
 _BASES = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')  # whose CBAM-ResNets the other code has
-_DIMENSIONS = {r'(^conv1|\.se\.channel\.fc1|\.se\.spatial\.conv)\.weight$': 4, r'^fc\.weight$': 2}
+_STEMS = ('conv1.weight', 'conv1.0.weight')  # where the input channels show
+_DIMENSIONS = {r'(^conv1(\.0)?|\.se\.channel\.fc1|\.se\.spatial\.conv)\.weight$': 4, r'^fc\.weight$': 2}
 _TOLERANCE = 1e-9  # of logits in float64, relative to the largest
 
 
@@ -91,7 +92,7 @@ def _infer_cbam_args(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, Any]:
 def _skeleton(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, Tuple[int, ...]]:
     """Shapes of what does not depend on the attention, the input channels and the number of classes."""
     return {
-        k: v.shape[2:] if k == 'conv1.weight' else v.shape for k, v in state_dict.items()
+        k: v.shape[2:] if k in _STEMS else v.shape for k, v in state_dict.items()
         if '.se.' not in k and not k.startswith('fc.') and not k.endswith('num_batches_tracked')}
 
 
@@ -113,8 +114,9 @@ def _infer_model(state_dict: Mapping[str, torch.Tensor], name: Optional[str]) ->
             best = different, len(own_args), candidate, own_args
     _, _, name, cbam_args = best
     kwargs: Dict[str, Any] = dict(cbam_args=cbam_args) if cbam_args else {}
-    if 'conv1.weight' in state_dict and state_dict['conv1.weight'].shape[1] != 3:
-        kwargs['in_chans'] = state_dict['conv1.weight'].shape[1]
+    for stem in _STEMS:
+        if stem in state_dict and state_dict[stem].shape[1] != 3:
+            kwargs['in_chans'] = state_dict[stem].shape[1]
     return name, kwargs
 
 
@@ -147,7 +149,8 @@ def _build(state_dict: Mapping[str, torch.Tensor], model_name: Optional[str], so
                 pretrained_cfg_overlay=cfg,
                 **model_args,
             )
-        model.load_state_dict(convert_state_dict(state_dict, model), strict=True)
+        convert_state_dict(state_dict, model)  # whose errors are shorter where names differ
+        model.load_state_dict(state_dict)
     except RuntimeError as e:
         raise RuntimeError(f'{source} comes closest to {model_name}, but does not fit it.\n{e}') from None
     return model.eval(), model_args
@@ -209,10 +212,15 @@ def _reference_logits(state_dict: Mapping[str, torch.Tensor], x: torch.Tensor) -
             x = x * gate.sigmoid()
         return x
 
-    if w['conv1.weight'].shape[2] == 7:
-        x = F.max_pool2d(norm(conv(x, 'conv1', 2), 'bn1').relu(), 3, 2, 1)
-    else:
-        x = norm(conv(x, 'conv1'), 'bn1').relu()
+    small_stem = 'conv1.weight' in w and w['conv1.weight'].shape[2] == 3
+    if 'conv1.weight' in w:
+        x = conv(x, 'conv1', 1 if small_stem else 2)
+    else:  # three convolutions, ResNet-D's stem
+        x = norm(conv(x, 'conv1.0', 2), 'conv1.1').relu()
+        x = norm(conv(x, 'conv1.3'), 'conv1.4').relu()
+        x = conv(x, 'conv1.6')
+    x = norm(x, 'bn1').relu()
+    x = x if small_stem else F.max_pool2d(x, 3, 2, 1)
     for stage in range(1, 5):
         block = 0
         while f'layer{stage}.{block}.conv1.weight' in w:
@@ -224,6 +232,9 @@ def _reference_logits(state_dict: Mapping[str, torch.Tensor], x: torch.Tensor) -
                 x = x.relu() if i < len(strides) else x
             if f'{name}.downsample.0.weight' in w:
                 shortcut = norm(conv(shortcut, f'{name}.downsample.0', stride), f'{name}.downsample.1')
+            elif f'{name}.downsample.1.weight' in w:  # ResNet-D averages where others skip pixels
+                shortcut = F.avg_pool2d(shortcut, stride, ceil_mode=True, count_include_pad=False)
+                shortcut = norm(conv(shortcut, f'{name}.downsample.1'), f'{name}.downsample.2')
             x = (attention(x, f'{name}.se') + shortcut).relu()
             block += 1
     x = x.mean((2, 3))
@@ -256,7 +267,8 @@ def convert(
 
     The folder has config.json, model.safetensors and a model card, and is loaded with
     ``timm.create_model('local-dir:DST', pretrained=True)``. Preprocessing is that of the model's default cfg. What does
-    not show in weights (the pooling of the channel attention, the order of both attentions) is taken to be the paper's.
+    not show in weights (the pooling of the channel attention, the order of both attentions, blur pooling as in timm's
+    resnetblur50) is taken to be the paper's.
 
     Args:
         src: Checkpoint, .pth, .pth.tar, .bin or .safetensors.
