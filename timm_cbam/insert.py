@@ -134,11 +134,11 @@ def _run(model: nn.Module, example: Any) -> List[_Call]:
 def _branch_ends(model: nn.Module) -> List[nn.Module]:
     """Ends of the residual branches of ResNet-like networks, nothing for others.
 
-    A residual block has children conv1 and conv2, and a shortcut, which some blocks of the class may lack. Its branch
-    ends with the last of its convolutions, norms and attention.
+    A residual block has a child conv1 and a shortcut, which some blocks of the class may lack. Its branch ends with the
+    last of its convolutions, norms and attention.
     """
     def is_residual(m: nn.Module) -> bool:
-        return {'conv1', 'conv2'} <= m._modules.keys() and any(hasattr(m, name) for name in _SHORTCUTS)
+        return 'conv1' in m._modules and any(hasattr(m, name) for name in _SHORTCUTS)
 
     classes = {type(m) for m in model.modules() if is_residual(m)}
     ends = []
@@ -282,7 +282,7 @@ def add_cbam(
     reach the zeros at the first step and all weights from the second on.
 
     Without `where` CBAM stands at the end of every residual branch as in the paper (section 4: ResNet, ResNeXt, RegNet
-    ... of timm, torchvision or others whose blocks have `conv1`, `conv2` and `downsample` or `shortcut`). In other
+    ... of timm, torchvision or others whose blocks have `conv1` and `downsample` or `shortcut`). In other
     networks it stands at the end of every stage: those of timm's `feature_info`, or, in models without, the children
     after which the resolution changes, of the module in which it changes most often.
 
