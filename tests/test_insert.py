@@ -23,6 +23,14 @@ def handwritten():
         flatten=nn.Flatten(), fc=nn.Linear(64, 10)))
 
 
+def normalizer_free():
+    model = timm.create_model('nf_resnet26')
+    for block in model.stages.modules():
+        if hasattr(block, 'conv3'):
+            nn.init.ones_(block.conv3.gain)  # zero, as the last batch-norm of other ResNets is
+    return model
+
+
 class PreActBlock(nn.Module):
     """As in kuangliu/pytorch-cifar: blocks have a shortcut only where they need a projection."""
 
@@ -55,7 +63,7 @@ NETWORKS = {
     'seresnet18': (lambda: timm.create_model('seresnet18'), 'layer1.0.se', 'layer4.1.se', 8, 0),
     'resnetv2_50': (
         lambda: timm.create_model('resnetv2_50'), 'stages.0.blocks.0.conv3', 'stages.3.blocks.2.conv3', 16, 16),
-    'nf_resnet26': (lambda: timm.create_model('nf_resnet26'), 'stages.0.0.conv3', 'stages.3.1.conv3', 8, 0),
+    'nf_resnet26': (normalizer_free, 'stages.0.0.conv3', 'stages.3.1.conv3', 8, 0),
     'res2net50_14w_8s': (lambda: timm.create_model('res2net50_14w_8s'), 'layer1.0.bn3', 'layer4.2.bn3', 16, 16),
     'torchvision resnet50': (torchvision.models.resnet50, 'layer1.0.bn3', 'layer4.2.bn3', 16, 16),
     'torchvision regnet_y_400mf': (
@@ -65,7 +73,7 @@ NETWORKS = {
     'Sequential': (handwritten, 'act1', 'norm2', 2, 1),
     'PreActBlock': (lambda: nn.Sequential(PreActBlock(3, 32), PreActBlock(32, 32)), '0.conv2', '1.conv2', 2, 2),
 }
-IMAGES = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
 @pytest.fixture(scope='module', params=NETWORKS)
@@ -116,7 +124,7 @@ def test_bitwise_equal_and_back(network):
 def test_learns(network):
     """The zeros from the first step on, and what stands before them from the second."""
     ours = attended(network[1], rd_ratio=0.25).train()  # with one or two hidden channels all may be dead
-    optimizer = torch.optim.SGD(gates(ours).values(), lr=0.1)
+    optimizer = torch.optim.Adam(gates(ours).values(), lr=1e-3)
     zero = ('.fc2.weight', '.spatial.conv.weight')
     for step in range(2):
         optimizer.zero_grad()
@@ -129,17 +137,15 @@ def test_learns(network):
 
 def test_round_trip_and_in_the_path(network):
     theirs = network[1]
-    ours = attended(theirs)
-    fresh = attended(theirs)
+    ours, fresh = attended(theirs, rd_ratio=0.25), attended(theirs, rd_ratio=0.25)
     reference = run(ours)
     torch.manual_seed(3)
     for p in gates(ours).values():
         nn.init.normal_(p, std=0.5)
     expected = run(ours)
-    for key in {k.split('.cbam.')[0] for k in gates(ours)}:  # every place by itself
+    for key in [k for k in gates(ours) if k.endswith('fc2.weight')][::5]:  # more take longer
         other = copy.deepcopy(ours)
-        for p in other.get_submodule(key).cbam.parameters():
-            p.data.zero_()
+        nn.init.zeros_(other.get_parameter(key))
         assert not torch.equal(run(other), expected), key
     assert not torch.allclose(expected, reference)
     file = io.BytesIO()
@@ -181,7 +187,8 @@ def test_outputs_of_feature_pyramid():
     nn.init.normal_(ours.fpn.layer_blocks[1][0].cbam.channel.fc2.weight)
     assert [k for k, v in run(ours).items() if not torch.equal(v, expected[k])] == ['1']
     detector = torchvision.models.detection.FasterRCNN(theirs, num_classes=2, min_size=64)
-    assert add_cbam(detector, 'backbone.fpn.layer_blocks.?', example=([IMAGES[0]],)) == [f'backbone.{n}' for n in places]
+    places = [f'backbone.{name}' for name in places]
+    assert add_cbam(detector, 'backbone.fpn.layer_blocks.?', example=([IMAGES[0]],)) == places
 
 
 @pytest.mark.parametrize('where,expected', [
@@ -239,8 +246,7 @@ def test_attributes_are_those_of_the_module():
     assert (model.stem[0].out_channels, model.stem[0].bias.shape) == (96, (96,))
     model.set_grad_checkpointing()
     assert model.stages[0].module.grad_checkpointing and 'grad_checkpointing' not in vars(model.stages[0])
-    with pytest.raises(AttributeError, match='no_such'):
-        model.stages[0].no_such
+    assert not hasattr(model.stages[0], 'no_such')
     model.stages[0].scale_of_mine = 3
     assert model.stages[0].scale_of_mine == 3 and not hasattr(model.stages[0].module, 'scale_of_mine')
     torch.save(model, file := io.BytesIO())
@@ -253,13 +259,12 @@ def test_clients_that_iterate_over_stages():
     theirs = liven(timm.create_model('efficientnet_b0'))
     ours = attended(theirs)
     nn.init.normal_(ours.blocks[2][-1].cbam.channel.fc2.weight)
+    maps = [m.eval().forward_intermediates(IMAGES, intermediates_only=True) for m in (ours, theirs)]
+    assert [torch.equal(a, b) for a, b in zip(*maps, strict=True)] == [True, True, False, False, False]
     expected = ours.train()(IMAGES)
     ours.set_grad_checkpointing()
     torch.testing.assert_close(ours(IMAGES), expected)
-    assert not torch.equal(run(ours), run(theirs))
-    maps = [ours.eval().forward_intermediates(IMAGES, intermediates_only=True), [
-        m.eval().forward_intermediates(IMAGES, intermediates_only=True) for m in (theirs,)][0]]
-    assert [torch.equal(a, b) for a, b in zip(*maps, strict=True)] == [True, True, False, False, False]
+    assert not torch.allclose(theirs.train()(IMAGES), expected)
     for name, places in (
             ('convnext_tiny', [f'stages_{i}' for i in range(4)]), ('efficientnet_b0', add_cbam(theirs, dry_run=True)),
             ('regnety_002', add_cbam(timm.create_model('regnety_002'), dry_run=True))):
@@ -270,10 +275,10 @@ def test_clients_that_iterate_over_stages():
         assert all(torch.equal(a, b) for a, b in zip(run(net), before, strict=True))
 
 
-@pytest.mark.parametrize('name', ['resnet18', 'convnext_tiny'])
+@pytest.mark.parametrize('name', ['resnet18', 'Sequential'])
 def test_script_trace_compile(name):
     """With attention that does something, and with the scale in the affine layer and in the wrapper."""
-    model = attended(liven(timm.create_model(name)))
+    model = attended(liven(NETWORKS[name][0]()))
     for p in gates(model).values():
         nn.init.normal_(p, std=0.3)
     expected = run(model)
@@ -282,7 +287,7 @@ def test_script_trace_compile(name):
     file.seek(0)
     torch.testing.assert_close(run(torch.jit.load(file)), expected)
     torch.testing.assert_close(run(torch.fx.symbolic_trace(model)), expected)
-    torch.testing.assert_close(run(torch.export.export(model, (IMAGES,)).module()), expected)
+    torch.testing.assert_close(torch.export.export(model, (IMAGES,)).module()(IMAGES), expected)
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     torch.testing.assert_close(run(compiled), expected)
 
@@ -313,7 +318,7 @@ class Odd(nn.Module):
     (dict(where='layer9'), "where='layer9' matches no module of Odd.* conv, wide, relu"),
     (dict(where=['conv', 'x*']), r"where='x\*' matches no module"),
     (dict(where=[]), r'where=\[\] chooses nothing'),
-    (dict(where=lambda name, m: False), 'chooses none of the 19 modules of Odd'),
+    (dict(where=lambda name, m: False), 'chooses none of the 17 modules of Odd'),
     (dict(where='gru'), r'gru \(GRU\) takes 1 arguments and returns a tuple'),
     (dict(where='product'), r'product \(Bilinear\) takes 2 arguments'),
     (dict(where='nhwc'), r'nhwc \(Linear\) returns a tensor of shape \(1, 62, 62, 24\), which looks like \(B, H, W, C'),
@@ -324,7 +329,7 @@ class Odd(nn.Module):
     (dict(where=['conv', 'wide'], rd_ratio=1 / 32), 'No CBAM after conv: channels=16 are too few for rd_ratio'),
     (dict(where='conv', gate_layer='tanh'), "No CBAM after conv: gate_layer Tanh is 0 at zero.* 'hard_sigmoid'"),
     (dict(where='conv', arrangement='serial'), "No CBAM after conv: Unknown arrangement 'serial'"),
-    (dict(where='conv', example=IMAGES[:, :1]), r'Odd fails on the example of shape \(4, 1, 64, 64\).*Pass example='),
+    (dict(where='conv', example=IMAGES[:, :1]), r'Odd fails on the example of shape \(2, 1, 64, 64\).*Pass example='),
 ], ids=str)
 def test_refused(kwargs, message):
     model = Odd()

@@ -296,7 +296,8 @@ def add_cbam(
         example: Input with which the network is run once to find out the channels, in eval mode and without gradients;
             a tuple for several arguments. The size in the model's pretrained_cfg, or (1, 3, 224, 224), if None.
         dry_run: Check and list the places only.
-        **cbam_args: Arguments of :class:`timm_cbam.Cbam`.
+        **cbam_args: Arguments of :class:`timm_cbam.Cbam`. Where there are few channels choose a larger rd_ratio: 32
+            have two hidden ones by default, and if both are dead from the start the channel attention never learns.
 
     Returns:
         Names of the modules that CBAM follows.
