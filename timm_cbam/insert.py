@@ -257,6 +257,24 @@ def _check(place: nn.Module, name: str, calls: List[_Call]) -> _Call:
     return own[0]
 
 
+def _attended(model: nn.Module) -> Set[nn.Module]:
+    """All modules that have attention right after them, and those of attention itself."""
+    attended: Set[nn.Module] = set()
+    for m in model.modules():
+        if isinstance(m, (Cbam, CbamModule, LightCbamModule)):
+            attended.update(m.modules())
+        elif isinstance(m, WithCbam):
+            attended.update((m, m.module))
+    return attended
+
+
+@torch.no_grad()
+def _scale(module: nn.Module, factor: float) -> None:
+    if factor != 1.:
+        for p in module.parameters():
+            p.mul_(factor)
+
+
 def _replace(model: nn.Module, replacements: Dict[nn.Module, nn.Module]) -> None:
     """Put modules into the places of others, under all names that these have."""
     parents = [(p, name, child) for p in model.modules() for name, child in p._modules.items()]
@@ -354,21 +372,3 @@ def remove_cbam(model: nn.Module) -> List[str]:
         _replace(model, {wrapper: wrapper.module})
     modules = {wrapper.module for wrapper in wrappers}
     return [name for name, m in model.named_modules() if m in modules]
-
-
-def _attended(model: nn.Module) -> Set[nn.Module]:
-    """All modules that have attention right after them, and those of attention itself."""
-    attended: Set[nn.Module] = set()
-    for m in model.modules():
-        if isinstance(m, (Cbam, CbamModule, LightCbamModule)):
-            attended.update(m.modules())
-        elif isinstance(m, WithCbam):
-            attended.update((m, m.module))
-    return attended
-
-
-@torch.no_grad()
-def _scale(module: nn.Module, factor: float) -> None:
-    if factor != 1.:
-        for p in module.parameters():
-            p.mul_(factor)
