@@ -180,20 +180,39 @@ def _gate_at_zero(gate: nn.Module) -> float:
     value = float(gate(torch.zeros(1)))
     if math.frexp(value)[0] != 0.5:
         raise RuntimeError(
-            f"gate_layer {type(gate).__name__} is {value:g} at zero, which is no power of two: the weights of a plain "
-            f"ResNet cannot be continued exactly. Choose gate_layer='sigmoid' or 'hard_sigmoid', or start without "
-            f"these weights.")
+            f"gate_layer {type(gate).__name__} is {value:g} at zero, which is no power of two: attention cannot start "
+            f"without changing what the network computes. Choose gate_layer='sigmoid' or 'hard_sigmoid'.")
     return value
+
+
+def open_gates(attention: Cbam) -> Tuple[Dict[str, torch.Tensor], float]:
+    """Weights with which attention is a constant, and the factor that makes up for it.
+
+    The last layer of each gate is zero, so that a gate is sigma(0) = 1/2 everywhere, and the factor is 2 for each gate:
+    powers of two are exact in binary floating point. Gradients reach the zeros at the first step, because what they are
+    multiplied with is not zero. A batch-norm after the spatial convolution is set to zero in the convolution's place,
+    for two zeros in a row would never learn.
+
+    Raises:
+        RuntimeError: If a gate is no power of two at zero.
+    """
+    factor = 1.
+    for part in (attention.channel, attention.spatial):
+        if not isinstance(part, nn.Identity):
+            factor /= _gate_at_zero(part.gate)
+    gates = attention.state_dict()
+    last = ('channel.fc2.', 'spatial.bn.' if 'spatial.bn.weight' in gates else 'spatial.conv.')
+    for key, value in gates.items():
+        zero = key.startswith(last) and key.endswith(('weight', 'bias'))
+        gates[key] = torch.zeros_like(value) if zero else value.clone()
+    return gates, factor
 
 
 def _warm_start(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
     """Add attention to the weights of a plain ResNet such that the network computes the same, bit for bit.
 
-    The last layer of each gate is zero, so that a gate is sigma(0) = 1/2 everywhere. The last batch-norm of the block
-    makes up for it: its weight and bias are multiplied by 2 for each gate, and powers of two are exact in binary
-    floating point. Gradients reach the zeros at the first step, because what they are multiplied with is not zero. A
-    batch-norm after the spatial convolution is set to zero in the convolution's place, for two zeros in a row would
-    never learn.
+    The gates are those of :func:`open_gates`. The last batch-norm of the block makes up for them: its weight and bias
+    are multiplied by the factor.
     """
     stem, own_stem = state_dict.get('conv1.weight'), getattr(model.conv1, 'weight', None)
     if stem is not None and own_stem is not None and stem.shape[2:] != own_stem.shape[2:]:
@@ -206,20 +225,13 @@ def _warm_start(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, An
         attention = getattr(block, 'se', None)
         if not isinstance(attention, Cbam):
             continue
-        factor = 1.
-        for part in (attention.channel, attention.spatial):
-            if not isinstance(part, nn.Identity):
-                factor /= _gate_at_zero(part.gate)
         norm_name = 'bn3' if hasattr(block, 'bn3') else 'bn2'
         if getattr(block, norm_name).weight is None:
             raise RuntimeError(
                 f'{name}.{norm_name} has no weight, which would have to make up for the gates: the weights of a plain '
                 f'ResNet cannot be continued exactly. Choose a norm_layer with an affine part.')
-        gates = attention.state_dict()
-        last = ('channel.fc2.', 'spatial.bn.' if 'spatial.bn.weight' in gates else 'spatial.conv.')
-        for key, value in gates.items():
-            zero = key.startswith(last) and key.endswith(('weight', 'bias'))
-            out[f'{name}.se.{key}'] = torch.zeros_like(value) if zero else value.clone()
+        gates, factor = open_gates(attention)
+        out.update({f'{name}.se.{key}': value for key, value in gates.items()})
         for key in (f'{name}.{norm_name}.weight', f'{name}.{norm_name}.bias'):
             if key in out:
                 out[key] = out[key] * factor
