@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import (
@@ -95,17 +96,19 @@ class _Subject:
     def __init__(self, name: str, target: Optional[str]) -> None:
         from pytorch_grad_cam import GradCAM
 
-        trained = ':' in name or is_model_pretrained(name)
+        saved = ':' in name  # hf-hub: and local-dir: have weights, nobody knows which
+        trained = saved or is_model_pretrained(name)
         try:
             self.model = create_model(name, pretrained=trained).eval()
         except OSError as e:
             raise OSError(f'{name} cannot be loaded: {e}') from e
         cfg = self.model.pretrained_cfg
-        self.title = Path(name.partition(':')[2]).name or f"{cfg['architecture']}.{cfg['tag']}".rstrip('.')
+        self.title = Path(name.partition(':')[2]).name or f"{cfg['architecture']}.{cfg['tag']}"
+        self.note = ''
         if not trained:
-            self.title += ' (untrained: random weights)'
-        elif cfg['tag'].startswith('warm_'):
-            self.title += ' (attention untrained: warm start)'
+            self.note = 'untrained, weights are random'
+        elif not saved and cfg['tag'].startswith('warm_'):
+            self.note = 'attention untrained (warm start)'
         config = resolve_model_data_config(self.model)
         self.input_size = config['input_size']
         if self.input_size[0] not in _MODES:
@@ -160,9 +163,9 @@ class _Subject:
         """The model's input for an image, (1, C, H, W)."""
         return self.transform(image.convert(_MODES[self.input_size[0]]))[None]
 
-    def seen(self, x: torch.Tensor) -> torch.Tensor:
+    def seen(self, x: torch.Tensor):
         """The input as a gray image, (H, W)."""
-        return (x[0] * self.std + self.mean).clamp(0, 1).mean(0)
+        return (x[0] * self.std + self.mean).clamp(0, 1).mean(0).numpy()
 
     def explain(self, x: torch.Tensor):
         """Grad-CAM (H, W) of the target, or else the most probable class, its name and its probability."""
@@ -185,7 +188,7 @@ class _Subject:
 
 
 def _read_image(path: Union[str, Path]) -> Image.Image:
-    """Read an image upright.
+    """Read an image upright, of a film the first frame. Transparency stays, and is dropped later as timm does.
 
     Raises:
         ValueError: If it cannot be read, or is so narrow that it would be huge at the size that networks want.
@@ -204,7 +207,7 @@ def _read_image(path: Union[str, Path]) -> Image.Image:
     return image
 
 
-def _overlay(ax, gray: torch.Tensor, values, title: str, label: str, limits: Tuple[Optional[float], ...]) -> None:
+def _overlay(ax, gray, values, title: str, label: str, limits: Tuple[Optional[float], ...]) -> None:
     """Draw values (h, w) over a gray image (H, W), with their colour bar."""
     height, width = gray.shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
@@ -215,7 +218,7 @@ def _overlay(ax, gray: torch.Tensor, values, title: str, label: str, limits: Tup
     ax.set_axis_off()
 
 
-def _shorten(text: str, width: int = 44) -> str:
+def _shorten(text: str, width: int = 36) -> str:
     return text if len(text) <= width else text[:width - 3] + '...'
 
 
@@ -227,42 +230,43 @@ def _draw(file: Path, name: str, image: Image.Image, subjects: Sequence[_Subject
     has_attention = any(isinstance(m, Cbam) for m in first.model.modules())
     maps = attention_maps(first.model, x) if has_attention else {}
     stages = first.stages(maps)
-    spatial = {n: maps[n].spatial[0] for names in stages.values() for n in names[-1:] if maps[n].spatial is not None}
+    spatial = {n: maps[n].spatial[0].numpy() for names in stages.values() for n in names[-1:] if maps[n].spatial is not None}
     channel = {
         stage: [maps[n].channel[0] for n in names if maps[n].channel is not None] for stage, names in stages.items()}
-    channel = {stage: torch.cat(gates) for stage, gates in channel.items() if gates}
+    channel = {stage: torch.cat(gates).numpy() for stage, gates in channel.items() if gates}
 
     rows = [1 + len(subjects)] + [len(gates) for gates in (spatial, channel) if gates]
-    figure = Figure(figsize=(3.3 * max(rows), 3.1 * len(rows)), layout='constrained')
-    parts = iter(figure.subfigures(len(rows), 1, squeeze=False)[:, 0])
+    figure = Figure(figsize=(3.6 * max(rows), 3.1 * len(rows)), layout='constrained')
+    # as many columns in each row, so that the panels have one size
+    grid = figure.subplots(len(rows), max(rows), squeeze=False)
+    for ax in grid.flat:
+        ax.set_axis_off()
+    axes = iter(grid)
 
-    axes = next(parts).subplots(1, rows[0])
+    row = next(axes)
     thumbnail = image.convert('RGB')
     thumbnail.thumbnail((800, 800))
-    axes[0].imshow(thumbnail)
-    axes[0].set_title(f'{_shorten(name)}\n{image.width} x {image.height} pixels', fontsize=9)
-    axes[0].set_axis_off()
-    for ax, subject in zip(axes[1:], subjects, strict=True):
+    row[0].imshow(thumbnail)
+    row[0].set_title(f'{_shorten(name)}\n{image.width} x {image.height} pixels', fontsize=9)
+    for ax, subject in zip(row[1:], subjects, strict=False):
         x = subject.read(image)
         cam, class_name, probability = subject.explain(x)
-        title = f'{_shorten(subject.title)}\n{_shorten(class_name)}: {100 * probability:.1f} %'
+        note = f'\n{subject.note}' if subject.note else ''
+        title = f'{_shorten(subject.title)}{note}\n{_shorten(class_name)}: {100 * probability:.1f} %'
         _overlay(ax, subject.seen(x), cam, title, 'Grad-CAM', (0, 1))
-
     if spatial:
-        part = next(parts)
-        part.suptitle(f'Spatial attention of {first.title}, last block of each stage', fontsize=10)
         gray = first.seen(first.read(image))
-        for ax, (layer, gate) in zip(part.subplots(1, len(spatial), squeeze=False)[0], spatial.items(), strict=True):
-            _overlay(ax, gray, gate, f'{layer}, {gate.shape[0]} x {gate.shape[1]}', 'gate', (None, None))
+        for ax, (layer, gate) in zip(next(axes), spatial.items(), strict=False):
+            height, width = gate.shape
+            _overlay(ax, gray, gate, f'spatial gate of {layer}\n{height} x {width}', 'gate', (None, None))
     if channel:
-        part = next(parts)
-        part.suptitle(f'Channel attention of {first.title}, all blocks of each stage', fontsize=10)
-        axes = part.subplots(1, len(channel), squeeze=False, sharex=True)[0]
-        for ax, (stage, gates) in zip(axes, channel.items(), strict=True):
-            ax.hist(gates, bins=40, color='tab:blue')
-            ax.set_title(f'{stage}, {len(gates)} channels', fontsize=9)
+        bins = np.histogram_bin_edges(np.concatenate(list(channel.values())), bins=40)
+        for ax, (stage, gates) in zip(next(axes), channel.items(), strict=False):
+            ax.set_axis_on()
+            ax.hist(gates, bins=bins)
+            ax.set_title(f'channel gates of {stage}\n{len(gates)} of {len(stages[stage])} layers', fontsize=9)
             ax.set_xlabel('gate')
-        axes[0].set_ylabel('channels')
+            ax.set_ylabel('channels')
     figure.savefig(file, dpi=110)
 
 
@@ -318,8 +322,9 @@ def explain(
     with tqdm(total=len(images), desc='explain', disable=len(images) == 1) as progress:
         for image, file in zip(images, files, strict=True):
             try:
+                upright = _read_image(image)
                 with staged_file(file, replace=True) as staged:
-                    _draw(staged, Path(image).name, _read_image(image), subjects)
+                    _draw(staged, Path(image).name, upright, subjects)
                 done.append(file)
             except (OSError, ValueError) as e:
                 progress.write(f'{image}: {e}', file=sys.stderr)
@@ -347,7 +352,10 @@ def report(run_dir: str) -> Path:
             if row[:1] == ['epoch']:
                 header = row  # a resumed run may write it again
             elif header and len(row) == len(header):  # shorter without validation, and not to be told apart
-                epochs.append(dict(zip(header, map(float, row), strict=True)))
+                try:
+                    epochs.append(dict(zip(header, map(float, row), strict=True)))
+                except ValueError as e:
+                    raise ValueError(f'{source}: {e}') from e
     if not epochs:
         raise ValueError(f"{source} has no epochs, is it of timm's train.py?")
 
