@@ -229,12 +229,13 @@ def _draw(file: Path, name: str, image: Image.Image, subjects: Sequence[_Subject
     x = first.read(image)
     has_attention = any(isinstance(m, Cbam) for m in first.model.modules())
     maps = attention_maps(first.model, x) if has_attention else {}
-    stages = first.stages(maps)
-    spatial = {n: maps[n].spatial[0].numpy() for names in stages.values() for n in names[-1:] if maps[n].spatial is not None}
-    channel = {
-        stage: [maps[n].channel[0] for n in names if maps[n].channel is not None] for stage, names in stages.items()}
-    channel = {stage: torch.cat(gates).numpy() for stage, gates in channel.items() if gates}
-
+    spatial, channel = {}, {}
+    for stage, names in first.stages(maps).items():
+        if maps[names[-1]].spatial is not None:
+            spatial[names[-1]] = maps[names[-1]].spatial[0].numpy()
+        gates = [maps[name].channel[0] for name in names if maps[name].channel is not None]
+        if gates:
+            channel[f'{stage} ({len(gates)} layers)'] = torch.cat(gates).numpy()
     rows = [1 + len(subjects)] + [len(gates) for gates in (spatial, channel) if gates]
     figure = Figure(figsize=(3.6 * max(rows), 3.1 * len(rows)), layout='constrained')
     # as many columns in each row, so that the panels have one size
@@ -264,7 +265,7 @@ def _draw(file: Path, name: str, image: Image.Image, subjects: Sequence[_Subject
         for ax, (stage, gates) in zip(next(axes), channel.items(), strict=False):
             ax.set_axis_on()
             ax.hist(gates, bins=bins)
-            ax.set_title(f'channel gates of {stage}\n{len(gates)} of {len(stages[stage])} layers', fontsize=9)
+            ax.set_title(f'channel gates of {stage}', fontsize=9)
             ax.set_xlabel('gate')
             ax.set_ylabel('channels')
     figure.savefig(file, dpi=110)
