@@ -211,8 +211,9 @@ def _overlay(ax, gray, values, title: str, label: str, limits: Tuple[Optional[fl
     """Draw values (h, w) over a gray image (H, W), with their colour bar."""
     height, width = gray.shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    ax.imshow(gray, cmap='gray', vmin=0, vmax=1, extent=extent)
-    shown = ax.imshow(values, cmap=_COLORS, alpha=0.65, vmin=limits[0], vmax=limits[1], extent=extent)
+    # with half its contrast, else what is bright in the image looks like a high value
+    ax.imshow(gray, cmap='gray', vmin=-0.5, vmax=1.5, extent=extent)
+    shown = ax.imshow(values, cmap=_COLORS, alpha=0.7, vmin=limits[0], vmax=limits[1], extent=extent)
     ax.figure.colorbar(shown, ax=ax, label=label, shrink=0.8)
     ax.set_title(title, fontsize=9)
     ax.set_axis_off()
