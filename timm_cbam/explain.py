@@ -343,33 +343,34 @@ def report(run_dir: str) -> Path:
         run_dir: The run's folder, which has summary.csv and gets summary.png.
 
     Raises:
-        ValueError: If there is no epoch in summary.csv.
+        ValueError: If there are no epochs in summary.csv, or what is no number.
     """
     from matplotlib.figure import Figure
 
     source, file = Path(run_dir, 'summary.csv'), Path(run_dir, 'summary.png')
-    header, epochs = None, []
+    header, rows = [], []
     with source.open(newline='') as lines:
         for row in csv.reader(lines):
             if row[:1] == ['epoch']:
                 header = row  # a resumed run may write it again
-            elif header and len(row) == len(header):  # shorter without validation, and not to be told apart
-                try:
-                    epochs.append(dict(zip(header, map(float, row), strict=True)))
-                except ValueError as e:
-                    raise ValueError(f'{source}: {e}') from e
-    if not epochs:
+            elif row and len(row) == len(header):  # shorter without validation: who knows what is what
+                rows.append(row)
+    if not rows:
         raise ValueError(f"{source} has no epochs, is it of timm's train.py?")
+    try:
+        columns = dict(zip(header, np.array(rows, dtype=float).T, strict=True))
+    except ValueError as e:
+        raise ValueError(f'{source}: {e}') from e
 
     figure = Figure(figsize=(12, 3.6), layout='constrained')
     panels = {'loss': '_loss', 'accuracy, %': '_top', 'learning rate': 'lr'}
     for ax, (label, key) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-        for name in (name for name in header if key in name):
-            points = [(e['epoch'], e[name]) for e in epochs if name in e]
-            ax.plot(*zip(*points, strict=True), '.-', label=name)
+        for name in (name for name in columns if key in name):
+            ax.plot(columns['epoch'], columns[name], '.-', label=name)
         ax.set_xlabel('epoch')
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.set_ylabel(label)
-        ax.legend()
+        ax.legend(*ax.get_legend_handles_labels())
     with staged_file(file, replace=True) as staged:
         figure.savefig(staged, dpi=110)
     return file
