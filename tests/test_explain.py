@@ -111,7 +111,7 @@ def test_error_leaves_no_trace():
     assert all(m.training and not m._forward_hooks for m in model.modules())
 
 
-@pytest.mark.parametrize('how', ['model', 'in place', 'stage'])
+@pytest.mark.parametrize('how', ['model', 'in place', 'stage', 'layer'])
 def test_compiled(how):
     model = create()
     x = torch.randn(1, 3, 32, 32)
@@ -121,6 +121,8 @@ def test_compiled(how):
         model.compile(backend=counter)
     elif how == 'stage':
         model.layer2 = torch.compile(model.layer2, backend=counter)
+    elif how == 'layer':
+        model.layer4[1].se = torch.compile(model.layer4[1].se, backend=counter)
     else:
         model = torch.compile(model, backend=counter)
     with torch.no_grad():
@@ -186,6 +188,7 @@ def models(tmp_path_factory):
         input_size=(1, 16, 16), mean=(0.5,), std=(0.5,), num_classes=4, pool_size=None))
     save_model(gray, folder / 'gray', model_args={})
     save_model(create('resnet10t'), folder / 'imagenet', model_args={})
+    save_model(create('resnet10t', num_classes=0), folder / 'headless', model_args={})
     return {path.name: f'local-dir:{path}' for path in folder.iterdir()}
 
 
@@ -275,6 +278,7 @@ def test_class_names(models, china, tmp_path, figures):
     (['--model', 'MODELS/imagenet', '--target', 'crane'], "imagenet has classes 134, 517 of the name 'crane'"),
     (['--model', 'resnet0'], 'Unknown model (resnet0)'),
     (['--model', 'local-dir:nowhere'], 'local-dir:nowhere cannot be loaded: '),
+    (['--model', 'MODELS/headless'], 'has no classifier'),
     (['--model', 'test_vit'], 'is no CNN whose last stage gives a map (B, C, H, W)'),
     (['-o', 'IMAGES/china.png'], 'china.png is one of the images and would be overwritten'),
     (['IMAGES/china.jpg'], 'would both become'),

@@ -65,7 +65,7 @@ def attention_maps(model: nn.Module, x: torch.Tensor) -> Dict[str, AttentionMaps
     try:
         for name, m in model.named_modules():
             if isinstance(m, Cbam):
-                name = name.replace('_orig_mod.', '')
+                name = '.'.join(part for part in name.split('.') if part != '_orig_mod')  # as before torch.compile
                 maps[name] = AttentionMaps()
                 # Not on the attention modules themselves: blocks whose attention has hooks take a slower way.
                 # There the channel gate is (B, C, 1, 1), else (B, C).
@@ -113,6 +113,8 @@ class _Subject:
         self.input_size = config['input_size']
         if self.input_size[0] not in _MODES:
             raise ValueError(f'{name} has {self.input_size[0]} input channels, images have 1 or 3.')
+        if not self.model.num_classes:
+            raise ValueError(f'{name} has no classifier, so there is no class to explain.')
         self.transform = create_transform(**config, is_training=False)
         self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
         self.grad_cam = GradCAM(self.model, [self._last_stage(name)])
@@ -163,11 +165,11 @@ class _Subject:
         """The model's input for an image, (1, C, H, W)."""
         return self.transform(image.convert(_MODES[self.input_size[0]]))[None]
 
-    def seen(self, x: torch.Tensor):
+    def seen(self, x: torch.Tensor) -> np.ndarray:
         """The input as a gray image, (H, W)."""
         return (x[0] * self.std + self.mean).clamp(0, 1).mean(0).numpy()
 
-    def explain(self, x: torch.Tensor):
+    def explain(self, x: torch.Tensor) -> Tuple[np.ndarray, str, float]:
         """Grad-CAM (H, W) of the target, or else the most probable class, its name and its probability."""
         from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
 
@@ -207,13 +209,13 @@ def _read_image(path: Union[str, Path]) -> Image.Image:
     return image
 
 
-def _overlay(ax, gray, values, title: str, label: str, limits: Tuple[Optional[float], ...]) -> None:
-    """Draw values (h, w) over a gray image (H, W), with their colour bar."""
+def _overlay(ax, gray, values, title: str, label: str, **limits: float) -> None:
+    """Draw values (h, w) over a gray image (H, W), with their colour bar (vmin and vmax are its limits)."""
     height, width = gray.shape
     extent = (-0.5, width - 0.5, height - 0.5, -0.5)
     # with half its contrast, else what is bright in the image looks like a high value
     ax.imshow(gray, cmap='gray', vmin=-0.5, vmax=1.5, extent=extent)
-    shown = ax.imshow(values, cmap=_COLORS, alpha=0.7, vmin=limits[0], vmax=limits[1], extent=extent)
+    shown = ax.imshow(values, cmap=_COLORS, alpha=0.7, extent=extent, **limits)
     ax.figure.colorbar(shown, ax=ax, label=label, shrink=0.8)
     ax.set_title(title, fontsize=9)
     ax.set_axis_off()
@@ -224,6 +226,7 @@ def _shorten(text: str, width: int = 36) -> str:
 
 
 def _draw(file: Path, name: str, image: Image.Image, subjects: Sequence[_Subject]) -> None:
+    """Draw what models look at in an image, and the gates of the first."""
     from matplotlib.figure import Figure
 
     first = subjects[0]
@@ -251,16 +254,15 @@ def _draw(file: Path, name: str, image: Image.Image, subjects: Sequence[_Subject
     row[0].imshow(thumbnail)
     row[0].set_title(f'{_shorten(name)}\n{image.width} x {image.height} pixels', fontsize=9)
     for ax, subject in zip(row[1:], subjects, strict=False):
-        x = subject.read(image)
-        cam, class_name, probability = subject.explain(x)
+        its_x = subject.read(image)
+        cam, class_name, probability = subject.explain(its_x)
         note = f'\n{subject.note}' if subject.note else ''
         title = f'{_shorten(subject.title)}{note}\n{_shorten(class_name)}: {100 * probability:.1f} %'
-        _overlay(ax, subject.seen(x), cam, title, 'Grad-CAM', (0, 1))
+        _overlay(ax, subject.seen(its_x), cam, title, 'Grad-CAM', vmin=0, vmax=1)
     if spatial:
-        gray = first.seen(first.read(image))
         for ax, (layer, gate) in zip(next(axes), spatial.items(), strict=False):
             height, width = gate.shape
-            _overlay(ax, gray, gate, f'spatial gate of {layer}\n{height} x {width}', 'gate', (None, None))
+            _overlay(ax, first.seen(x), gate, f'spatial gate of {layer}\n{height} x {width}', 'gate')
     if channel:
         bins = np.histogram_bin_edges(np.concatenate(list(channel.values())), bins=40)
         for ax, (stage, gates) in zip(next(axes), channel.items(), strict=False):
