@@ -1,6 +1,7 @@
 """The command `timm-cbam`"""
 import argparse
 import sys
+from importlib import import_module
 from typing import List, Optional
 
 import torch
@@ -50,12 +51,16 @@ def _list(args: argparse.Namespace) -> None:
             f'{"x".join(map(str, input_size)):>11}  {tags}')
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _require(command: str, extra: str, *packages: str) -> None:
     try:
-        import matplotlib  # noqa: F401
-        import sklearn  # noqa: F401
+        for package in packages:
+            import_module(package)
     except ImportError as e:
-        raise RuntimeError(f"the demo needs {e.name}: pip install 'timm-cbam[demo]'") from e
+        raise RuntimeError(f"{command} needs {e.name or package}: pip install 'timm-cbam[{extra}]' ({e})") from e
+
+
+def _demo(args: argparse.Namespace) -> None:
+    _require('the demo', 'demo', 'matplotlib', 'sklearn')
     from .demo import run_demo
 
     run_demo(args.output, epochs=args.epochs, seed=args.seed, device=args.device, model_name=args.model)
@@ -65,6 +70,21 @@ def _convert(args: argparse.Namespace) -> None:
     from .convert import convert
 
     convert(args.src, args.dst, model_name=args.model, to=args.to, verify=args.verify)
+
+
+def _explain(args: argparse.Namespace) -> None:
+    _require('explain', 'explain', 'matplotlib', 'pytorch_grad_cam')
+    from .explain import explain
+
+    for file in explain(args.images, args.model, args.compare, args.target, args.output):
+        print(file)
+
+
+def _report(args: argparse.Namespace) -> None:
+    _require('report', 'explain', 'matplotlib')
+    from .explain import report
+
+    print(report(args.run_dir))
 
 
 def _create_parser() -> argparse.ArgumentParser:
@@ -101,6 +121,30 @@ def _create_parser() -> argparse.ArgumentParser:
         '--verify', action='store_true',
         help='compute a noise image with the checkpoint, by the rules of its own code, and with what was written')
     command.set_defaults(run=_convert)
+
+    command = commands.add_parser(
+        'explain', help='picture where models look: Grad-CAM, and the gates of one with CBAM',
+        description='For each image a figure: the image; Grad-CAM of each model at its last stage, with the class and '
+        "its probability; where MODEL has CBAM, its spatial gates over the image and histograms of its channel gates. "
+        'Models are named as for timm.create_model (NAME, hf-hub:USER/NAME, local-dir:FOLDER), and get their '
+        'pretrained weights where there are any.')
+    command.add_argument('images', metavar='IMAGE', nargs='+', help='images to explain')
+    command.add_argument(
+        '--model', default='cbam_resnet50_eccv18', help='model to explain (default: %(default)s)')
+    command.add_argument(
+        '--compare', metavar='MODEL', nargs='+', default=[], help='more models for Grad-CAM, any CNNs of timm')
+    command.add_argument(
+        '--target', metavar='CLASS',
+        help="class that Grad-CAM looks for, by name or index (default: each model's most probable one)")
+    command.add_argument(
+        '-o', '--output', default='timm-cbam-explain',
+        help="folder for the figures, named IMAGE's name without its suffix + .png; with a single IMAGE also a file "
+        'name that ends in .png, .pdf, .svg, ... (default: %(default)s)')
+    command.set_defaults(run=_explain)
+
+    command = commands.add_parser('report', help="draw the curves of a run of timm's train.py")
+    command.add_argument('run_dir', metavar='RUN_DIR', help='folder with summary.csv, gets summary.png')
+    command.set_defaults(run=_report)
     return parser
 
 

@@ -4,7 +4,7 @@ The data are the 1,797 handwritten digits that scikit-learn ships: real scans, 8
 """
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Dict, List, Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 from timm import create_model
@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .explain import attention_maps
 from .hub import save_model, staged_folder
-from .layers import SpatialAttention
 
 __all__ = ['run_demo']
 
@@ -97,29 +97,14 @@ def _predict(model: nn.Module, loader) -> Tuple[torch.Tensor, torch.Tensor]:
     return predicted, target
 
 
-@torch.inference_mode()
-def _spatial_gates(model: nn.Module, images: torch.Tensor) -> Dict[str, torch.Tensor]:
-    """Spatial gates (B, H, W) of the last block of each stage."""
-    gates = {}
-    handles = []
-    for name, stage in model.named_children():
-        spatial = [m for m in stage.modules() if isinstance(m, SpatialAttention)]
-        if spatial:
-            handles.append(spatial[-1].gate.register_forward_hook(
-                lambda module, args, out, name=name: gates.update({name: out[:, 0].float().cpu()})))
-    model(images)
-    for handle in handles:
-        handle.remove()
-    return gates
-
-
 def _draw(file: Path, model: nn.Module, loader, predicted: torch.Tensor, target: torch.Tensor) -> None:
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
     first = [int((target == digit).nonzero()[0]) for digit in range(10)]
     images = torch.cat([images for images, _ in loader])[first]
-    gates = _spatial_gates(model, images)
+    # of the last block of each stage, because later ones take the place of former ones
+    gates = {name.partition('.')[0]: maps.spatial.cpu() for name, maps in attention_maps(model, images).items()}
     low, high = min(float(g.min()) for g in gates.values()), max(float(g.max()) for g in gates.values())
 
     figure = Figure(figsize=(15, 1.05 * (len(gates) + 1)), layout='constrained')

@@ -41,23 +41,27 @@ def staged_folder(folder: Union[str, Path]) -> Iterator[Path]:
 
 
 @contextmanager
-def staged_file(file: Union[str, Path]) -> Iterator[Path]:
-    """Write a new file so that it appears whole or not at all.
+def staged_file(file: Union[str, Path], replace: bool = False) -> Iterator[Path]:
+    """Write a file so that it appears whole or not at all.
+
+    Args:
+        file: File to write.
+        replace: Whether it may take the place of another.
 
     Yields:
         Temporary path beside it, which takes its name at the end.
 
     Raises:
-        FileExistsError: If there is one already.
+        FileExistsError: If there is one already that it may not replace.
     """
     file = Path(file)
-    if file.exists():
+    if file.exists() and not replace:
         raise FileExistsError(f'{file} exists; remove it or choose another name.')
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f'.{file.name}-', dir=file.parent) as tmp:
         staged = Path(tmp, file.name)
         yield staged
-        staged.rename(file)
+        staged.replace(file)
 
 
 def save_model(model: nn.Module, folder: Union[str, Path], model_args: Optional[Dict[str, Any]] = None) -> None:
