@@ -216,7 +216,7 @@ def _draw(file: Path, tables: List[int], errors: Dict[str, List[float]]) -> None
             ax.set_ylim(len(others) + 0.6, -0.6)
             ax.grid(axis='x', alpha=0.3)
     axes[-1][0].set_xlabel('error on held-out digits, %')
-    axes[-1][1].set_xlabel("minus the error of the paper's choice (orange), same seed")
+    axes[-1][1].set_xlabel("difference to the paper's choice (orange), %")
     figure.suptitle('A dot for each seed, a line for their mean', fontsize=10)
     part = file.with_name(f'.{file.name}.part')
     figure.savefig(part, format='png', dpi=120)
