@@ -3,9 +3,9 @@
 
 startup: milliseconds that the start-up hook adds to every start of Python. Two empty virtual environments, one of them
     with the start-up files, take turns; the numbers are medians, the difference is that of each pair's median.
-speed: milliseconds of inference or of a training step. The networks take turns, one run each in a round; "relative" is
-    the median over rounds of the network's time divided by the plain ResNet's in the same round, so that a machine that
-    becomes faster or slower meanwhile does not matter.
+speed: milliseconds of inference or of a training step. The networks take turns, two runs each in a round, of which the
+    second is timed; "relative" is the median over rounds of the network's time divided by the plain ResNet's in the
+    same round, so that a machine that becomes faster or slower meanwhile does not matter.
 memory: MiB that one forward pass keeps for the backward pass, counted exactly: every storage that autograd saves, once,
     without the parameters, buffers and images, which are there anyway. With --amp the bfloat16 copies of weights count.
 curve: a picture of the losses of 200 training steps on scikit-learn's handwritten digits, with fused operations and
