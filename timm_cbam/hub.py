@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, Dict, Iterator, Optional, Union
 
 from huggingface_hub import EvalResult, ModelCardData
+from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
@@ -71,8 +72,14 @@ def save_model(model: nn.Module, folder: Union[str, Path], model_args: Optional[
         model: Model made by `timm.create_model`.
         folder: Folder to write into.
         model_args: Arguments of `timm.create_model` to record, needed with timm before 1.0.29 only.
+
+    Raises:
+        OSError: If they cannot be written.
     """
-    save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+    try:
+        save_for_hf(model, str(folder), model_args=model_args, safe_serialization=True)
+    except SafetensorError as e:  # which is no OSError on a full disk
+        raise OSError(f'{folder}: the weights cannot be written: {e}') from e
     (Path(folder) / 'config.json').write_text(json.dumps(read_config(folder), indent=2) + '\n')
 
 
