@@ -16,6 +16,8 @@ import torch
 from helpers import liven
 from torch import nn
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'ablation.py'
 TINY = ['--seeds', '1', '--epochs', '3', '--tables', '1']
 
