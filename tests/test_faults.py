@@ -37,8 +37,7 @@ def test_killed(command, tmp_path):
     seconds = time.monotonic() - begin
     check_whole(tmp_path / 'dst')
     killed = 0
-    # most of the kills when it writes, which is near the end
-    for i, part in enumerate((0.6, 0.85, 0.95)):
+    for i, part in enumerate((0.3, 0.6, 0.9)):
         process = start(command, tmp_path, f'dst{i}')
         try:
             process.communicate(timeout=part * seconds)
