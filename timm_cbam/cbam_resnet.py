@@ -28,7 +28,7 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .ops import batch_norm, batch_norm_compiled, cbam_residual, is_fusable
+from .ops import batch_norm, cbam_residual, is_fusable
 from .weights import adapt_state_dict, convert_state_dict, describe_layout
 
 __all__ = ['CbamResNet', 'CbamBasicBlock', 'CbamBottleneck']  # register_model adds each entrypoint fn to this
@@ -53,17 +53,11 @@ def _is_plain_cbam(m: Optional[nn.Module]) -> bool:
 
 
 def _run(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
-    """Run modules one after the other, on CPU with faster batch-norms where no gradient is needed.
-
-    Eagerly they take the place of a convolution's output, which nobody else sees.
-    """
+    """Run modules one after the other, without a fresh map for a batch-norm that nobody else sees the input of."""
     infer = x.device.type == 'cpu' and not torch.is_grad_enabled()
     previous = None
     for m in modules:
-        norm = infer and _is_plain_norm(m) and not m.training
-        if norm and torch.compiler.is_compiling():
-            x = batch_norm_compiled(x, m.weight, m.bias, m.running_mean, m.running_var, m.eps)
-        elif norm and _is_plain(previous, nn.Conv2d):
+        if infer and _is_plain(previous, nn.Conv2d) and _is_plain_norm(m) and not m.training:
             x = batch_norm(x, m.weight, m.bias, m.running_mean, m.running_var, m.eps, out=x)
         else:
             x = m(x)

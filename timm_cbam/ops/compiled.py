@@ -4,25 +4,13 @@ Operations as the compiler likes them. It would write a batch-norm into each loo
 for every element, and a gate with an exponential; so both become one factor and one summand per channel before, in an
 operation that it cannot look into. Space is pooled from x, a row at a time, because a row stays in the cache.
 """
-from typing import Callable, Optional, Tuple
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
 
 
-@torch.library.custom_op('timm_cbam::channel_factors', mutates_args=())
-def channel_factors(
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        mean: torch.Tensor,
-        var: torch.Tensor,
-        eps: float,
-        gate: Optional[torch.Tensor] = None,
-) -> Tuple[torch.Tensor, torch.Tensor]:
-    """Factor and summand with which ``batch_norm(x) * gate = x * factor + summand``.
-
-    Their shape is that of the gate, (B, C, 1, 1), or (C, 1, 1) without one, and their dtype at least float32.
-    """
+def _channel_factors(weight, bias, mean, var, eps, gate=None):
     dtype = torch.promote_types(weight.dtype, torch.float32)
     weight, bias, mean, var = (t.to(dtype) for t in (weight, bias, mean, var))
     scale = weight * torch.rsqrt(var + eps)
@@ -30,24 +18,23 @@ def channel_factors(
     return (factor, summand) if gate is None else (gate * factor, gate * summand)
 
 
-@channel_factors.register_fake
-def _(weight, bias, mean, var, eps, gate=None):
+def _channel_factors_meta(weight, bias, mean, var, eps, gate=None):
     shape = (len(weight), 1, 1) if gate is None else gate.shape
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return weight.new_empty(shape, dtype=dtype), weight.new_empty(shape, dtype=dtype)
 
 
-def batch_norm_compiled(
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        running_mean: torch.Tensor,
-        running_var: torch.Tensor,
-        eps: float,
-) -> torch.Tensor:
-    """Batch-norm in eval mode."""
-    factor, summand = channel_factors(weight, bias, running_mean, running_var, eps)
-    return (x * factor + summand).to(x.dtype)
+# Not by torch.library.custom_op, which looks for its caller among all modules: half the time of importing timm_cbam.
+_LIBRARY = torch.library.Library('timm_cbam', 'DEF')
+_LIBRARY.define(
+    'channel_factors(Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, Tensor? gate=None) '
+    '-> (Tensor factor, Tensor summand)')
+_LIBRARY.impl('channel_factors', _channel_factors, 'CPU')
+_LIBRARY.impl('channel_factors', _channel_factors_meta, 'Meta')
+
+# Factor and summand with which ``batch_norm(x) * gate = x * factor + summand``. Their shape is that of the gate,
+# (B, C, 1, 1), or (C, 1, 1) without one, and their dtype at least float32.
+channel_factors = torch.ops.timm_cbam.channel_factors.default
 
 
 def infer_compiled(

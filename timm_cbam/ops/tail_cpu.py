@@ -9,6 +9,7 @@ from typing import Callable, Iterator, Tuple
 
 import torch
 
+from .compiled import channel_factors
 from .tail import Tail
 
 _CHUNK = 1 << 18  # elements for each thread: two such maps in float32 fill the 2 MB of a core's cache
@@ -52,7 +53,13 @@ def batch_norm(
         eps: float,
         out: torch.Tensor,
 ) -> torch.Tensor:
-    """Batch-norm in eval mode, with the bits of torch.nn.functional.batch_norm. The output may take the place of x."""
+    """Batch-norm in eval mode, eagerly with the bits of torch.nn.functional.batch_norm and in the place of `out`.
+
+    The output may take the place of x. A compiler finds a place of its own.
+    """
+    if torch.compiler.is_compiling():
+        factor, summand = channel_factors(weight, bias, running_mean, running_var, eps)
+        return (x * factor + summand).to(x.dtype)
     empty = weight.new_empty(0)
     torch.ops.aten.native_batch_norm.out(
         x, weight, bias, running_mean, running_var, False, 0., eps, out=out, save_mean=empty, save_invstd=empty)
