@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from .hub import staged_file
 from .layers import Cbam, ChannelAttention, SpatialAttention
+from .observe import observed
 
 __all__ = ['AttentionMaps', 'attention_maps', 'explain', 'report']
 
@@ -56,13 +57,11 @@ def attention_maps(model: nn.Module, x: torch.Tensor) -> Dict[str, AttentionMaps
         ValueError: If the model has no Cbam layer.
     """
     maps = {}
-    handles = []
-    training = {m: m.training for m in model.modules()}
 
     def keep(name: str, **gate: torch.Tensor) -> None:
         maps[name] = maps[name]._replace(**gate)
 
-    try:
+    with observed(model) as handles:
         for name, m in model.named_modules():
             if isinstance(m, Cbam):
                 name = '.'.join(part for part in name.split('.') if part != '_orig_mod')  # as before torch.compile
@@ -79,14 +78,7 @@ def attention_maps(model: nn.Module, x: torch.Tensor) -> Dict[str, AttentionMaps
             raise ValueError(
                 f'{type(model).__name__} has no Cbam layer, so there is no attention to show. '
                 f"timm.list_models('cbam*') lists models that have.")
-        model.eval()
-        with torch.no_grad(), torch.compiler.set_stance('force_eager'):
-            model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, flag in training.items():
-            m.training = flag
+        model(x)
     return maps
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.models.regnet import ResBottleneckBlock
 
 from .layers import Cbam
+from .observe import observed
 from .weights import open_gates
 
 __all__ = ['WithCbam', 'add_cbam', 'remove_cbam']
@@ -111,23 +112,15 @@ def _run(model: nn.Module, example: Any) -> List[_Call]:
         tensor = (output.shape, output.device, output.dtype) if is_tensor else (None, None, None)
         calls.append(_Call(m, len(args) + len(kwargs), description, *tensor))
 
-    training = {m: m.training for m in model.modules()}
-    handles = [m.register_forward_hook(record, with_kwargs=True) for m in training]
     try:
-        for m in training:
-            m.training = False
-        with torch.no_grad():
+        with observed(model) as handles:
+            handles += [m.register_forward_hook(record, with_kwargs=True) for m in model.modules()]
             model(*example) if isinstance(example, tuple) else model(example)
     except Exception as e:  # whatever a model does with an input that it is not made for
         given = f'of shape {tuple(example.shape)}' if isinstance(example, torch.Tensor) else repr(type(example))
         raise ValueError(
             f'{type(model).__name__} fails on the example {given}: {type(e).__name__}: {e}\n'
             f'Pass example=..., an input that the model takes, or a tuple of its arguments.') from e
-    finally:
-        for handle in handles:
-            handle.remove()
-        for m, flag in training.items():
-            m.training = flag
     return calls
 
 
