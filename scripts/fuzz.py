@@ -23,9 +23,10 @@ import struct
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Callable, Dict, Iterator
+from typing import Any, Dict, Iterator
 
 import timm
 import torch
@@ -236,7 +237,7 @@ def _check_file(seed: int, folder: Path, original: Path) -> str:
         text = bytearray(json.dumps(config).encode())
         text = _damage_bytes(rng, text, len(text)) if rng.random() < 0.3 else text
         (work / 'model' / 'config.json').write_bytes(text)
-        read: Callable[[], Any] = lambda: timm.create_model(f'local-dir:{work / "model"}', pretrained=True)  # noqa: E731
+        read = partial(timm.create_model, f'local-dir:{work / "model"}', pretrained=True)
     else:
         file = work / ('x.safetensors' if kind.startswith('safe') else 'x.pth')
         if kind == 'pth content':
@@ -245,7 +246,7 @@ def _check_file(seed: int, folder: Path, original: Path) -> str:
         else:
             data = bytearray((original / ('model.safetensors' if 'safe' in kind else 'x.pth')).read_bytes())
             file.write_bytes(_damage_header(rng, data) if 'header' in kind else _damage_bytes(rng, data, 1 << 16))
-        read = lambda: convert(file, out)  # noqa: E731
+        read = partial(convert, file, out)
     start = time.perf_counter()
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):

@@ -1,72 +1,11 @@
-"""The start-up hook, in processes of their own
-
-Each test builds a Python environment: the installed packages but this one, and the start-up files as the wheel installs
-them. So the plugin, timm or timm_cbam can be left out or broken. test_packaging.py shows that the wheel does install
-these files like that.
-"""
-import os
+"""The start-up hook, in processes of their own: each test has a Python environment (environment.py)"""
 import pkgutil
 import shutil
-import subprocess
 import sys
-import sysconfig
 import textwrap
-import venv
-from pathlib import Path
 
 import pytest
-
-import timm_cbam
-
-PACKAGE = Path(timm_cbam.__file__).parent
-STARTUP = Path(__file__).parents[1] / 'timm_cbam' / 'startup'
-COUNT = 'import timm; print(len(timm.list_models("cbam*")))'
-MODELS = '20'  # what that prints
-
-
-class Environment:
-    def __init__(self, root: Path):
-        venv.create(root, symlinks=True)
-        self.python = root / 'bin' / 'python'
-        self.site = next(root.glob('lib/python*/site-packages'))
-        self.packages = root / 'packages'  # the installed packages, apart, so that a test can take some away
-        self.packages.mkdir()
-        for entry in Path(sysconfig.get_path('purelib')).iterdir():
-            if entry.suffix != '.pth' and 'timm_cbam' not in entry.name:
-                (self.packages / entry.name).symlink_to(entry)
-        (self.site / 'packages.pth').write_text(f'{self.packages}\n')
-
-    def install(self, name: str = 'timm_cbam', package: bool = True):
-        """Install the start-up files, and the package that they import, under a name."""
-        for file in STARTUP.glob('*timm_cbam*'):
-            text = file.read_text().replace('timm_cbam', name).replace('TIMM_CBAM', name.upper())
-            (self.site / file.name.replace('timm_cbam', name)).write_text(text)
-        if package:
-            (self.site / name).symlink_to(PACKAGE)
-
-    def run(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
-        env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TIMM_CBAM', 'COV'))} | env
-        result = subprocess.run(
-            [str(self.python), *args], capture_output=True, text=True, env=env, cwd=self.site.parent)
-        assert not check or result.returncode == 0, result.stderr
-        return result
-
-    def eval(self, code: str, *flags: str, **env: str) -> str:
-        """Run code that must leave nothing on standard error, return what it prints."""
-        result = self.run(*flags, '-c', textwrap.dedent(code), **env)
-        assert result.stderr == ''
-        return result.stdout.strip()
-
-
-@pytest.fixture
-def bare(tmp_path):
-    return Environment(tmp_path / 'env')
-
-
-@pytest.fixture
-def env(bare):
-    bare.install()
-    return bare
+from environment import COUNT, MODELS, STARTUP
 
 
 def test_plain(env):

@@ -5,7 +5,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from test_autoload import COUNT, MODELS, Environment
+from environment import COUNT, MODELS, Environment
 
 pytestmark = pytest.mark.slow
 
