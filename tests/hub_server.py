@@ -2,6 +2,9 @@
 
 Files named *.safetensors and *.bin are stored as the Hub stores large files: uploaded through the LFS batch API, served
 from another address after a redirect that carries their hash and size. Clients need HF_HUB_DISABLE_XET=1.
+
+`faults` says what goes wrong with the next request of a kind: {'blob': 'cut'} breaks the next download of a large file
+off in its middle, 'short' leaves its end out, 'lie' changes a byte of it; any kind takes 'hang', no answer, or '500'.
 """
 import base64
 import hashlib
@@ -28,7 +31,8 @@ class HubServer(ThreadingHTTPServer):
         self.repos: Dict[str, Dict[str, Dict[str, str]]] = {}  # repository -> revision -> path -> blob's sha256
         self.private: Set[str] = set()  # repositories that are hidden from clients without the token
         self.ranges: List[str] = []  # Range headers of the downloads of large files, '' for all of it
-        self.cut_after = 0  # number of bytes after which the next such download breaks off
+        self.faults: Dict[str, str] = {}
+        self.stopped = threading.Event()
         self.env = dict(
             HF_ENDPOINT=self.endpoint, HF_TOKEN=TOKEN, HF_HUB_DISABLE_XET='1', HF_HUB_DISABLE_TELEMETRY='1')
 
@@ -37,6 +41,7 @@ class HubServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *args):
+        self.stopped.set()
         self.shutdown()
         self.server_close()
 
@@ -44,6 +49,16 @@ class HubServer(ThreadingHTTPServer):
         oid = hashlib.sha256(content).hexdigest()
         self.blobs[oid] = content
         return oid
+
+    def commit(self, repo: str, files: Dict[str, str]) -> str:
+        revisions = self.repos.setdefault(repo, {})
+        revisions['main'] = files
+        sha = self.sha(repo, 'main')
+        revisions[sha] = files
+        return sha
+
+    def sha(self, repo: str, revision: str) -> str:
+        return hashlib.sha1(json.dumps(self.repos[repo][revision], sort_keys=True).encode()).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -74,7 +89,14 @@ class _Handler(BaseHTTPRequestHandler):
         for pattern, handle in routes:
             match = re.fullmatch(pattern, path)
             if match:
-                return handle(self, *match.groups())
+                self.fault = self.server.faults.pop(handle.__name__.strip('_'), '')
+                if self.fault == 'hang':
+                    self.close_connection = self.server.stopped.wait()
+                elif self.fault.isdigit():
+                    self._send(int(self.fault))
+                else:
+                    handle(self, *match.groups())
+                return
         self._error(404, 'NotFound')
 
     def do_GET(self):
@@ -118,15 +140,20 @@ class _Handler(BaseHTTPRequestHandler):
         files = self._find(repo, revision or 'main')
         if files is not None:
             self._send(200, {
-                'id': repo, 'sha': self._sha(repo, revision or 'main'), 'private': repo in self.server.private,
+                'id': repo, 'sha': self.server.sha(repo, revision or 'main'), 'private': repo in self.server.private,
                 'tags': [], 'siblings': [{'rfilename': path} for path in files]})
 
     def _tree(self, repo, revision):
         files = self._find(repo, revision)
         if files is not None:
-            self._send(200, [
-                {'type': 'file', 'path': path, 'oid': oid[:40], 'size': len(self.server.blobs[oid])}
-                for path, oid in files.items()])
+            entries = []
+            for path, oid in files.items():
+                content = self.server.blobs[oid]
+                size = len(content)
+                lfs = {'oid': oid, 'size': size, 'pointerSize': 134} if _is_large(path) else None
+                git = hashlib.sha1(b'blob %d\0' % size + content).hexdigest()
+                entries.append({'type': 'file', 'path': path, 'oid': git, 'size': size, 'lfs': lfs})
+            self._send(200, entries)
 
     def _preupload(self, repo, revision):
         files = [f['path'] for f in json.loads(self.body)['files']]
@@ -148,20 +175,15 @@ class _Handler(BaseHTTPRequestHandler):
                 files[line['value']['path']] = self.server.store(base64.b64decode(line['value']['content']))
             elif line['key'] == 'lfsFile':
                 files[line['value']['path']] = line['value']['oid']
-        self.server.repos[repo]['main'] = files
-        sha = self._sha(repo, 'main')
-        self.server.repos[repo][sha] = files
+        sha = self.server.commit(repo, files)
         self._send(200, {'commitUrl': f'{self.server.endpoint}/{repo}/commit/{sha}', 'commitOid': sha, 'success': True})
-
-    def _sha(self, repo, revision):
-        return hashlib.sha1(json.dumps(self.server.repos[repo][revision], sort_keys=True).encode()).hexdigest()
 
     def _resolve(self, repo, revision, path):
         files = self._find(repo, revision)
         if files is None:
             return
         oid = files.get(path)
-        headers = dict(X_Repo_Commit=self._sha(repo, revision))
+        headers = dict(X_Repo_Commit=self.server.sha(repo, revision))
         if oid is None:
             return self._send(404, X_Error_Code='EntryNotFound', **headers)
         content = self.server.blobs[oid]
@@ -176,14 +198,18 @@ class _Handler(BaseHTTPRequestHandler):
         content, requested = self.server.blobs[oid], self.headers.get('Range', '')
         self.server.ranges.append(requested)
         start = int(re.fullmatch(r'bytes=(\d+)-', requested)[1]) if requested else 0
-        cut, self.server.cut_after = self.server.cut_after, 0
-        if cut:
+        if self.fault == 'cut':
             self.send_response(200)
             self.send_header('Content-Length', str(len(content)))
             self.end_headers()
-            self.wfile.write(content[:cut])
+            self.wfile.write(content[:len(content) // 2])
             self.close_connection = True
         else:
+            middle = len(content) // 2
+            if self.fault == 'short':
+                content = content[:middle]
+            elif self.fault == 'lie':
+                content = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1:]
             self._send(
                 206 if requested else 200, content[start:], ETag=f'"{oid}"',
                 Content_Range=f'bytes {start}-{len(content) - 1}/{len(content)}')
