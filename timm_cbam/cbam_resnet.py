@@ -222,7 +222,8 @@ class CbamResNet(ResNet):
             **dd,
         )
         if small_stem:
-            self.conv1 = nn.Conv2d(in_chans, self.conv1.out_channels, kernel_size=3, padding=1, bias=False, **dd)
+            inplanes = self.feature_info[0]['num_chs']
+            self.conv1 = nn.Conv2d(in_chans, inplanes, kernel_size=3, padding=1, bias=False, **dd)
             nn.init.kaiming_normal_(self.conv1.weight, mode='fan_out', nonlinearity='relu')
             self.maxpool = nn.Identity()
             for info, stem_stride in zip(self.feature_info, (2, 4, 4, 4, 4), strict=True):

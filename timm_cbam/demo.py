@@ -108,7 +108,7 @@ def _draw(file: Path, model: nn.Module, loader, predicted: torch.Tensor, target:
     low, high = min(float(g.min()) for g in gates.values()), max(float(g.max()) for g in gates.values())
 
     figure = Figure(figsize=(15, 1.05 * (len(gates) + 1)), layout='constrained')
-    left, right = figure.subfigures(1, 2, width_ratios=(2.4, 1))
+    (left, right), = figure.subfigures(1, 2, squeeze=False, width_ratios=(2.4, 1))
     axes = left.subplots(len(gates) + 1, 10)
     for ax, image, i in zip(axes[0], images.cpu(), first, strict=True):
         ax.imshow(image[0], cmap='gray')

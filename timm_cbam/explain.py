@@ -56,7 +56,7 @@ def attention_maps(model: nn.Module, x: torch.Tensor) -> Dict[str, AttentionMaps
     Raises:
         ValueError: If the model has no Cbam layer.
     """
-    maps = {}
+    maps: Dict[str, AttentionMaps] = {}
 
     def keep(name: str, **gate: torch.Tensor) -> None:
         maps[name] = maps[name]._replace(**gate)
@@ -174,7 +174,7 @@ class _Subject:
     def stages(self, maps: Dict[str, AttentionMaps]) -> Dict[str, List[str]]:
         """Names of the Cbam layers by stage."""
         modules = [info['module'] for info in self.model.feature_info]
-        stages = {}
+        stages: Dict[str, List[str]] = {}
         for name in maps:
             stage = next((m for m in modules if name.startswith(f'{m}.')), name.partition('.')[0])
             stages.setdefault(stage, []).append(name)

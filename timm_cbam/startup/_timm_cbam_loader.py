@@ -4,7 +4,7 @@ import sys
 import threading
 import warnings
 
-_searching = set()  # threads inside find_spec, where the finder of another plugin may ask ours again
+_searching: set[int] = set()  # threads inside find_spec, where the finder of another plugin may ask ours again
 
 
 def find_spec(own_finder, name, path, target):
