@@ -1,6 +1,7 @@
 """Install as a user does, into a new virtual environment; uninstall; look"""
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -34,6 +35,19 @@ def test_wheel_has_what_it_should(wheel):
     info = f"{wheel.name.split('-py3')[0]}.dist-info"
     metadata = {f'{info}/{name}' for name in ('METADATA', 'WHEEL', 'RECORD', 'entry_points.txt', 'licenses/LICENSE')}
     assert set(names) == STARTUP | modules | metadata | {'timm_cbam/py.typed'}
+
+
+def test_sdist_has_what_it_should(tmp_path):
+    """All that this folder has but what was made in it, and the metadata."""
+    command = [sys.executable, '-m', 'hatchling', 'build', '-t', 'sdist', '-d', str(tmp_path)]
+    subprocess.run(command, check=True, cwd=ROOT)
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as archive:
+        names = {name.partition('/')[2] for name in archive.getnames()}
+    folders = ('timm_cbam', 'tests', 'hub_configs', 'scripts')
+    files = {
+        str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob('*')
+        if p.is_file() and '__pycache__' not in p.parts}
+    assert names == files | {'pyproject.toml', 'README.md', 'LICENSE', '.gitignore', 'PKG-INFO'}
 
 
 @pytest.mark.parametrize('how', ['wheel', 'directory', 'editable'])

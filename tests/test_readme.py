@@ -35,7 +35,7 @@ assert model.layer1[0].se.parallel and model.layer1[0].se.channel.fc1.out_channe
 
 def test_shell(tmp_path):
     blocks = snippets('bash')
-    assert len(blocks) == 4
+    assert len(blocks) == 3
     for line in '\n'.join(blocks).splitlines():
         if line and not line.startswith('pip install'):  # that one is CI; the demo has tests of its own
             run(['bash', '-c', line], tmp_path)
