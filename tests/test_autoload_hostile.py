@@ -22,7 +22,7 @@ def zip_folder(folder: Path, file: Path, name: str):
 
 @pytest.mark.parametrize('flags', [
     '-OO', '-B', '-E', '-X dev', '-X importtime', '-m cProfile -o /dev/null', '-m trace --count -C /dev/null',
-    '-m coverage run --data-file /dev/null'])
+    '-m coverage run --data-file /dev/null', '-m debugpy --listen 127.0.0.1:0'])
 def test_flags(env, flags, tmp_path):
     script = tmp_path / 'script.py'
     script.write_text(COUNT)
