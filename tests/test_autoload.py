@@ -175,7 +175,7 @@ def test_torchrun(env):
         dist.destroy_process_group()
     '''))
     result = env.run('-m', 'torch.distributed.run', '--standalone', '--nproc_per_node', '2', str(script))
-    assert result.stdout == 'equal gradients\n'
+    assert result.stdout.splitlines()[-1] == 'equal gradients'  # torch 2.9's gloo says something before
 
 
 def test_uninstalled(env):

@@ -46,7 +46,7 @@ def test_sdist_has_what_it_should(tmp_path):
     folders = ('timm_cbam', 'tests', 'hub_configs', 'scripts')
     files = {
         str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob('*')
-        if p.is_file() and '__pycache__' not in p.parts}
+        if p.is_file() and '__pycache__' not in p.parts and '.nox' not in p.parts}
     assert names == files | {'pyproject.toml', 'README.md', 'LICENSE', '.gitignore', 'PKG-INFO'}
 
 
