@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 STARTUP = Path(__file__).parents[1] / 'timm_cbam' / 'startup'
 WARMUP = 3  # rounds
-OPS = import_module('timm_cbam.ops.cbam_residual')  # an import statement finds the function of the same name
+OPS = import_module('timm_cbam.fusion')
 
 
 class ArticleCbam(nn.Module):

@@ -27,82 +27,11 @@ from timm.models import (
 from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
+from . import fusion
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .ops import batch_norm, cbam_residual, is_fusable
 from .weights import adapt_state_dict, convert_state_dict, describe_layout
 
 __all__ = ['CbamResNet', 'CbamBasicBlock', 'CbamBottleneck']  # register_model adds each entrypoint fn to this
-
-
-def _is_plain(m: Optional[nn.Module], cls: Type[nn.Module]) -> bool:
-    """Whether a module is what its class says, so that another implementation may take its place unseen."""
-    return type(m) is cls and not (
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks)
-
-
-def _is_plain_norm(m: nn.Module) -> bool:
-    return _is_plain(m, nn.BatchNorm2d) and m.affine and m.track_running_stats and m.momentum is not None
-
-
-def _is_plain_cbam(m: Optional[nn.Module]) -> bool:
-    return (
-        _is_plain(m, Cbam) and not m.parallel and not m.spatial_first
-        and _is_plain(m.channel, ChannelAttention) and m.channel.pooling == 'avgmax'
-        and _is_plain(m.channel.fc1, nn.Conv2d) and _is_plain(m.channel.fc2, nn.Conv2d)
-        and _is_plain(m.spatial, SpatialAttention) and m.spatial.pooling == 'avgmax')
-
-
-def _run(x: torch.Tensor, *modules: nn.Module) -> torch.Tensor:
-    """Run modules one after the other, without a fresh map for a batch-norm that nobody else sees the input of."""
-    infer = x.device.type == 'cpu' and not torch.is_grad_enabled()
-    previous = None
-    for m in modules:
-        if infer and _is_plain(previous, nn.Conv2d) and _is_plain_norm(m) and not m.training:
-            x = batch_norm(x, m.weight, m.bias, m.running_mean, m.running_var, m.eps, out=x)
-        else:
-            x = m(x)
-        previous = m
-    return x
-
-
-def _fuses(x: torch.Tensor, block: nn.Module, norm: nn.Module) -> bool:
-    return is_fusable(x) and _is_plain_norm(norm) and _is_plain_cbam(block.se)
-
-
-def _fused(block: nn.Module, x: torch.Tensor, branch: Tuple[nn.Module, ...], norm: nn.Module, act: nn.Module):
-    """The residual block, whose branch ends before its last batch-norm.
-
-    Stochastic depth (drop_path) scales a sample's branch, which is the same as to scale its spatial gate.
-    """
-    shortcut = x
-    if block.downsample is not None:
-        plain = _is_plain(block.downsample, nn.Sequential)
-        shortcut = _run(x, *block.downsample) if plain else block.downsample(x)
-    x = _run(x, *branch)
-
-    def spatial_gate(pooled: torch.Tensor) -> torch.Tensor:
-        gate = block.se.spatial.pooled_gate(pooled)
-        return gate if block.drop_path is None else block.drop_path(gate)
-
-    if norm.training:
-        norm.num_batches_tracked.add_(1)
-    relu = _is_plain(act, nn.ReLU)
-    x = cbam_residual(
-        x,
-        shortcut,
-        block.se.channel.pooled_gate,
-        spatial_gate,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        training=norm.training,
-        momentum=norm.momentum,
-        eps=norm.eps,
-        relu=relu,
-        inplace=_is_plain(branch[-1], nn.Conv2d),
-    )
-    return x if relu else act(x)
 
 
 class CbamBasicBlock(BasicBlock):
@@ -110,9 +39,8 @@ class CbamBasicBlock(BasicBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if _fuses(x, self, self.bn2):
-                branch = (self.conv1, self.bn1, self.drop_block, self.act1, self.aa, self.conv2)
-                return _fused(self, x, branch, self.bn2, self.act2)
+            if fusion.fuses(self, x):
+                return fusion.forward(self, x)
 
         shortcut = x
         x = self.conv1(x)
@@ -136,11 +64,8 @@ class CbamBottleneck(Bottleneck):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if _fuses(x, self, self.bn3):
-                branch = (
-                    self.conv1, self.bn1, self.act1, self.conv2, self.bn2, self.drop_block, self.act2, self.aa,
-                    self.conv3)
-                return _fused(self, x, branch, self.bn3, self.act3)
+            if fusion.fuses(self, x):
+                return fusion.forward(self, x)
 
         shortcut = x
         x = self.conv1(x)

@@ -1,5 +1,4 @@
-"""Fused operations for the blocks of CBAM-ResNets"""
-from .cbam_residual import cbam_residual, cbam_residual_ref, is_fusable
-from .tail_cpu import batch_norm
+"""The tail of a CBAM residual block as one operator"""
+from .tail import Tail, cbam_tail, cbam_tail_ref, norm_relu_
 
-__all__ = ['batch_norm', 'cbam_residual', 'cbam_residual_ref', 'is_fusable']
+__all__ = ['Tail', 'cbam_tail', 'cbam_tail_ref', 'norm_relu_']

@@ -1,75 +1,337 @@
-"""What the implementations of :func:`timm_cbam.ops.cbam_residual` for different devices share: what their passes are
+"""The tail of a CBAM residual block as one operator: batch-norm, CBAM, shortcut and ReLU
 
-With F the output of the batch-norm, F' = F * mc and F'' = F' * ms (paper section 3), the tail of a block is three
-passes over its maps. Each has a small tensor as its result, and between them ordinary layers compute the gates:
+What makes attention slow is not arithmetic but memory: maps that are written, read again, and kept for the backward
+pass. :func:`cbam_tail` computes what :func:`cbam_tail_ref` says in fewer passes over the maps, and keeps nothing of their
+size for the backward pass but x and its output, which a ResNet without attention keeps as well.
 
-    channel_pool: x -> average and maximum of F over space     -> channel gate mc
-    spatial_pool: x, mc -> average and maximum of F' over C    -> spatial gate ms
-    gate_add:     x, mc, ms, shortcut -> act(shortcut + F'')
+With F = batch_norm(x), F' = F * mc and F'' = F' * ms (paper section 3, https://arxiv.org/abs/1807.06521):
 
-Three passes in the opposite order compute the gradients, since those of the gates' inputs are small tensors, too. F, F'
-and F'' are not kept for them, because they follow from x. With g the gradient of the sum before the activation:
+    pool_space:    x -> average and extrema over space             -> mc = sigma(W1 relu(W0 avg F) + W1 relu(W0 max F))
+    pool_channels: x, mc -> average and maximum of F' over C       -> ms = sigma(conv7x7), * stochastic depth's factor
+    gate_add:      x, mc, ms, shortcut -> relu(shortcut + F'')
 
-    gate_add_backward:     g, dms = sum_C g * F'
-    spatial_pool_backward: dF' = g * ms + davg / C + dmax * [channel of the maximum], dmc = sum_HW dF' * F
-    channel_pool_backward: dF = dF' * mc + davg / HW + dmax * [x is at the top] / ties, dx by batch-norm's rule
+F, F' and F'' follow from x, and so do their gradients. With g the gradient of the sum before the ReLU:
 
-Of dF' the second needs only sums over space, of dF' and dF' * (x - mean): dmc follows from them, and so do the sums
-over batch and space in batch-norm's rule. So no map of dF' or dF is ever written.
+    a: g, dms = sum_C g * F'          -> gradient of the convolution: davg, dmax per pixel
+    b: dF' = g * ms + davg / C + dmax * [F' is the maximum] / ties, of which only sums over space are needed: of dF' and
+       of dF' * (x - mean); dmc = sum_HW dF' * F follows from them          -> gradient of the MLP: davg, dmax per channel
+    c: dF = dF' * mc + davg / HW + dmax * [F is the maximum] / ties, dx by batch-norm's rule
+
+Where a maximum is reached several times all of these places share its gradient equally, as with torch.amax.
+
+Contract: first derivatives of any subset of the inputs are right in every graph; the one autograd node shares nothing
+with others. Where the backward pass itself is differentiated (create_graph=True) or transformed, the reference is what
+it differentiates. Results are at least as accurate as those of the reference in the same dtype, and the same each time.
 """
-from typing import Optional
+from importlib.util import find_spec
+from types import ModuleType
+from typing import List, NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
+
+__all__ = ['Tail', 'cbam_tail', 'cbam_tail_ref', 'norm_relu_']
 
 
-class Tail:
-    """One call of :func:`timm_cbam.ops.cbam_residual`: its passes, and the tensors that they leave for each other.
+class Tail(NamedTuple):
+    """Arguments of the operator beside the maps: parameters, buffers and attributes of a block's modules."""
+    weight: torch.Tensor  # (C,) of the batch-norm
+    bias: torch.Tensor
+    mean: torch.Tensor  # running statistics
+    var: torch.Tensor
+    fc1_weight: torch.Tensor  # (R, C, 1, 1)
+    fc1_bias: Optional[torch.Tensor]
+    fc2_weight: torch.Tensor  # (C, R, 1, 1)
+    fc2_bias: Optional[torch.Tensor]
+    conv_weight: torch.Tensor  # (1, 2, K, K), K odd
+    bn_weight: Optional[torch.Tensor]  # (1,) of the spatial attention's batch-norm, which may be missing
+    bn_bias: Optional[torch.Tensor]
+    bn_mean: Optional[torch.Tensor]
+    bn_var: Optional[torch.Tensor]
+    factor: Optional[torch.Tensor]  # (B, 1, 1, 1) of each sample's branch: stochastic depth
+    training: bool  # the batch-norm's statistics are those of the batch
+    eps: float
+    bn_training: bool  # and of the spatial attention's batch-norm
+    bn_eps: float
 
-    Shapes: maps (B, C, H, W); per channel (B, C, 1, 1) or, of the batch-norm, (C,); per pixel (B, 1, H, W).
 
-    Attributes:
-        relu: Whether the activation is ReLU, or there is none.
-        training: Whether the batch-norm's statistics are those of the batch.
-        mean, invstd, scale, bias: Batch-norm, ``F = (x - mean) * scale + bias``.
-        avg: Average of x over space.
-        top: Value of x where F is largest.
-        index: Channel where F' is largest, the first of several.
-        x, mc, ms: Arguments of the forward passes, for the backward ones.
-        g: Gradient of the sum before the activation, set by gate_add_backward.
-        s0, s1: Sums over space of dF' and of dF' * (x - mean), known after spatial_pool_backward.
+class Results(NamedTuple):
+    """What the forward pass leaves for the backward pass, in the dtype of accumulation."""
+    stats: torch.Tensor  # (2, C) mean and (biased) variance of the batch-norm
+    bn_stats: torch.Tensor  # (2, 1) of the spatial attention's
+    space: torch.Tensor  # (3, B, C) average, maximum and minimum of x over space
+    hidden: torch.Tensor  # (2, B, R) of the MLP before its activation, for average and maximum
+    mc: torch.Tensor  # (B, C)
+    pooled: torch.Tensor  # (B, 2, H, W) average and maximum of F' over the channels
+    conv: torch.Tensor  # (B, 1, H, W) output of the convolution
+
+
+class Gradients(NamedTuple):
+    """In the order of the operator's arguments; of what is missing an empty tensor."""
+    x: torch.Tensor
+    shortcut: torch.Tensor
+    weight: torch.Tensor
+    bias: torch.Tensor
+    fc1_weight: torch.Tensor
+    fc1_bias: torch.Tensor
+    fc2_weight: torch.Tensor
+    fc2_bias: torch.Tensor
+    conv_weight: torch.Tensor
+    bn: torch.Tensor  # (2,) weight and bias
+
+
+def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def result_shapes(x: torch.Tensor, p: Tail) -> Tuple[Tuple[int, ...], ...]:
+    b, c, h, w = x.shape
+    return (2, c), (2, 1), (3, b, c), (2, b, p.fc1_weight.shape[0]), (b, c), (b, 2, h, w), (b, 1, h, w)
+
+
+def dense(t: torch.Tensor, x: Optional[torch.Tensor] = None) -> torch.Tensor:
+    """A map in the memory format of x, or in one of the two."""
+    x = t if x is None else x
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+
+
+def _branch_ref(x: torch.Tensor, p: Tail) -> torch.Tensor:
+    """F'', with weights in the dtype of x as under autocast"""
+    mean, var = (None, None) if p.training else (p.mean, p.var)
+    f = F.batch_norm(x, mean, var, p.weight, p.bias, p.training, 0., p.eps)
+    w0, b0, w1, b1, kernel = (
+        None if t is None else t.to(x.dtype) for t in (
+            p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.conv_weight))
+    pooled = torch.cat([f.mean((2, 3), keepdim=True), f.amax((2, 3), keepdim=True)], dim=3)
+    f = f * F.conv2d(F.relu(F.conv2d(pooled, w0, b0)), w1, b1).sum(dim=3, keepdim=True).sigmoid()
+    pooled = torch.cat([f.mean(1, keepdim=True), f.amax(1, keepdim=True)], dim=1)
+    z = F.conv2d(pooled, kernel, padding=kernel.shape[-1] // 2)
+    if p.bn_weight is not None:
+        mean, var = (None, None) if p.bn_training else (p.bn_mean, p.bn_var)
+        z = F.batch_norm(z, mean, var, p.bn_weight, p.bn_bias, p.bn_training, 0., p.bn_eps)
+    f = f * z.sigmoid()
+    return f if p.factor is None else f * p.factor
+
+
+def cbam_tail_ref(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> torch.Tensor:
+    """Reference of :func:`cbam_tail`; the running statistics stay as they are."""
+    with torch.autocast(x.device.type, enabled=False):
+        return F.relu(shortcut + _branch_ref(x, p))
+
+
+def _implementation(x: torch.Tensor) -> ModuleType:
+    """The module that does the work: same functions, same results."""
+    from . import tail_cpu, tail_torch
+
+    if tail_cpu.supports(x):
+        return tail_cpu
+    if x.device.type == 'cuda' and find_spec('triton'):
+        from . import tail_triton
+
+        return tail_triton
+    return tail_torch
+
+
+# ---- the operator as PyTorch's dispatcher, autograd and compiler know it
+
+_PARAMETERS = (
+    'Tensor weight, Tensor bias, Tensor mean, Tensor var, Tensor fc1_weight, Tensor? fc1_bias, Tensor fc2_weight, '
+    'Tensor? fc2_bias, Tensor conv_weight, Tensor? bn_weight, Tensor? bn_bias, Tensor? bn_mean, Tensor? bn_var, '
+    'Tensor? factor, bool training, float eps, bool bn_training, float bn_eps')
+
+
+def _outputs(cls) -> str:
+    return ', '.join(f'Tensor {name}_' for name in cls._fields)
+
+
+_SCHEMAS = {
+    'tail': f'(Tensor x, Tensor shortcut, {_PARAMETERS}) -> (Tensor out, {_outputs(Results)})',
+    'tail_backward':
+        f'(Tensor grad, Tensor x, Tensor out, {_PARAMETERS}, Tensor[] results) -> ({_outputs(Gradients)})',
+    'tail_': f'(Tensor(a!) x, Tensor shortcut, {_PARAMETERS}) -> ()',
+    'norm_relu_':
+        '(Tensor(a!) x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, bool relu) -> ()',
+}
+
+
+def _forward(x, shortcut, *parameters):
+    x = dense(x)
+    out = torch.empty_like(x)
+    return out, *_implementation(x).forward(x, shortcut, out, Tail(*parameters))
+
+
+def _forward_fake(x, shortcut, *parameters):
+    p = Tail(*parameters)
+    dtype = accumulation_dtype(x)
+    return torch.empty_like(dense(x)), *(x.new_empty(shape, dtype=dtype) for shape in result_shapes(x, p))
+
+
+def _backward(grad, x, out, *args):
+    *parameters, results = args
+    return _implementation(x).backward(grad, dense(x), out, Tail(*parameters), Results(*results))
+
+
+def _backward_fake(grad, x, out, *args):
+    p = Tail(*args[:-1])
+    dtype = accumulation_dtype(x)
+    small = (p.weight, p.bias, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.conv_weight)
+    return (
+        torch.empty_like(dense(x)), torch.empty_like(dense(x)),
+        *(x.new_empty(0 if t is None else t.shape, dtype=dtype) for t in small), x.new_empty(2, dtype=dtype))
+
+
+def _infer(x, shortcut, *parameters):
+    _implementation(x).infer(x, shortcut, Tail(*parameters))
+
+
+def _norm_relu(x, *args):
+    _implementation(x).norm_relu(x, *args)
+
+
+def _nothing(*args):
+    pass
+
+
+def _setup_context(ctx, inputs, output):
+    x, shortcut, *parameters = inputs
+    p = Tail(*parameters)
+    out, *results = output
+    ctx.mark_non_differentiable(*results)
+    ctx.set_materialize_grads(False)
+    # The running statistics may change until the backward pass, those of this call are among the results.
+    tensors = p._replace(mean=None, var=None, bn_mean=None, bn_var=None)[:14]
+    ctx.save_for_backward(x, out, *tensors, *results)
+    ctx.flags = p[14:]
+
+
+def _is_transformed(grad: torch.Tensor) -> bool:
+    """Whether the backward pass is itself differentiated, batched or traced, so that it has to consist of plain ones."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        torch.is_grad_enabled()
+        or type(grad) is not torch.Tensor
+        or torch._C._functorch.is_functorch_wrapped_tensor(grad)
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd.forward_ad._current_level >= 0)
+
+
+def _differentiate_reference(ctx, grad, x, out, p: Tail) -> List[Optional[torch.Tensor]]:
+    """Gradients in the order of the operator's arguments, by autograd"""
+    inputs = (x, None, *p[:14])
+    wanted = [i for i, (t, needed) in enumerate(zip(inputs, ctx.needs_input_grad, strict=False)) if needed and i != 1]
+    g = torch.where(out <= 0, 0, grad)
+    gradients: List[Optional[torch.Tensor]] = [None] * 20
+    gradients[1] = g
+    if wanted:
+        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
+            # views: what is wanted are derivatives with respect to these, not to what they were computed from
+            views = {i: inputs[i].view_as(inputs[i]) for i in wanted}
+            branch = _branch_ref(views.get(0, x), Tail(*(views.get(i + 2, t) for i, t in enumerate(p))))
+            found = torch.autograd.grad(
+                branch, list(views.values()), g, create_graph=torch.is_grad_enabled(), allow_unused=True)
+        for i, gradient in zip(wanted, found, strict=True):
+            gradients[i] = gradient
+    return gradients
+
+
+def _autograd_backward(ctx, grad, *_):
+    x, out, *tensors = ctx.saved_tensors
+    parameters, results = tensors[:14], tensors[14:]
+    p = Tail(*parameters, *ctx.flags)
+    stats, bn_stats = (t.to(w.dtype) for t, w in ((results[0], p.weight), (results[1], p.weight)))
+    p = p._replace(mean=stats[0], var=stats[1])
+    if p.bn_weight is not None:
+        p = p._replace(bn_mean=bn_stats[0], bn_var=bn_stats[1])
+    if grad is None:
+        return (None,) * 20
+    if _is_transformed(grad):
+        return tuple(_differentiate_reference(ctx, grad, x, out, p))
+    d = Gradients(*torch.ops.timm_cbam.tail_backward(grad, x, out, *p, results))
+    bn_weight, bn_bias = d.bn.split(1) if p.bn_weight is not None else (None, None)
+    gradients = [
+        d.weight, d.bias, None, None, d.fc1_weight, d.fc1_bias, d.fc2_weight, d.fc2_bias, d.conv_weight, bn_weight,
+        bn_bias]
+    gradients = [
+        None if t is None or g is None else g.to(t.dtype) for g, t in zip(gradients, parameters, strict=False)]
+    return d.x, d.shortcut, *gradients, *(None,) * 7
+
+
+def _define() -> torch.library.Library:
+    # Not by torch.library.custom_op, which looks for its caller among all modules: half the time of importing timm_cbam.
+    library = torch.library.Library('timm_cbam', 'FRAGMENT')
+    for name, schema in _SCHEMAS.items():
+        library.define(name + schema)
+    for name, function, fake in (
+            ('tail', _forward, _forward_fake), ('tail_backward', _backward, _backward_fake),
+            ('tail_', _infer, _nothing), ('norm_relu_', _norm_relu, _nothing)):
+        library.impl(name, function, 'CompositeExplicitAutograd')
+        library.impl(name, fake, 'Meta')
+    torch.library.register_autograd(
+        'timm_cbam::tail', _autograd_backward, setup_context=_setup_context, lib=library)
+    return library
+
+
+# A process that imports timm_cbam anew (notebooks do) finds the operators of the first time.
+_LIBRARY = None if hasattr(torch.ops.timm_cbam, 'tail') else _define()
+
+
+def _update(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
+    """In double, as PyTorch does"""
+    running.copy_(momentum * value.double() + (1 - momentum) * running.double())
+
+
+@torch.no_grad()
+def _update_running(mean: torch.Tensor, var: torch.Tensor, stats: torch.Tensor, n: int, momentum: float) -> None:
+    _update(mean, stats[0], momentum)
+    _update(var, stats[1].double() * (n / (n - 1)), momentum)
+
+
+def cbam_tail(
+        x: torch.Tensor,
+        shortcut: torch.Tensor,
+        p: Tail,
+        momentum: float = 0.1,
+        bn_momentum: float = 0.01,
+        inplace: bool = False,
+) -> torch.Tensor:
+    """``relu(shortcut + F'')`` with ``F = batch_norm(x)``, ``F' = F * Mc(F)``, ``F'' = F' * Ms(F')`` (paper section 3).
+
+    In training the running statistics of `p` are updated.
+
+    Args:
+        x: Output of the block's last convolution, (B, C, H, W), not empty, float32, float64, bfloat16 or (CUDA) float16.
+        shortcut: Input of the block or its downsampled form, (B, C, H, W), of the same dtype.
+        p: All that the block's modules hold; of the dtype of x, or float32 for maps of lower precision.
+        momentum: Of the batch-norm's running statistics.
+        bn_momentum: Of the spatial batch-norm's.
+        inplace: x may be overwritten if no gradient is computed.
+
+    Returns:
+        Output of the block, (B, C, H, W), in the memory format of x.
     """
+    if inplace and not torch.is_grad_enabled() and not p.training and not p.bn_training:
+        x = dense(x)
+        if torch.compiler.is_compiling():
+            torch.ops.timm_cbam.tail_(x, shortcut, *p)
+        else:
+            _infer(x, shortcut, *p)
+        return x
+    with torch.autocast(x.device.type, enabled=False):
+        out, stats, bn_stats, *_ = torch.ops.timm_cbam.tail(x, shortcut, *p)
+    if p.training:
+        _update_running(p.mean, p.var, stats, x.numel() // x.shape[1], momentum)
+    if p.bn_training:
+        _update_running(p.bn_mean, p.bn_var, bn_stats, x.numel() // x.shape[1], bn_momentum)
+    return out
 
-    def __init__(self, relu: bool, training: bool) -> None:
-        self.relu = relu
-        self.training = training
 
-    def clear(self) -> None:
-        """Let go of all tensors. Between forward and backward pass autograd keeps them."""
-        self.__dict__ = {'relu': self.relu, 'training': self.training}
-
-    def channel_pool(self, x: torch.Tensor, weight, bias, running_mean, running_var, momentum: float, eps: float):
-        """Set avg and top, update the running statistics, return mean and invstd."""
-        raise NotImplementedError
-
-    def spatial_pool(self, x: torch.Tensor, mc: torch.Tensor) -> torch.Tensor:
-        """Set index, return average and maximum of F' over the channels, (B, 2, H, W)."""
-        raise NotImplementedError
-
-    def gate_add(self, x: torch.Tensor, mc: torch.Tensor, ms: torch.Tensor, shortcut: torch.Tensor) -> torch.Tensor:
-        """Return the block's output."""
-        raise NotImplementedError
-
-    def gate_add_backward(self, grad: torch.Tensor, out: Optional[torch.Tensor]) -> torch.Tensor:
-        """Set g, return dms, given the gradient of the output and, with ReLU, the output."""
-        raise NotImplementedError
-
-    def spatial_pool_backward(self, davg: torch.Tensor, dmax: torch.Tensor) -> None:
-        """Set s0 and s1, given what average (divided by C) and maximum over the channels add to dF'."""
-        raise NotImplementedError
-
-    def channel_pool_backward(self, davg, dmax, k_gate, k_top, k_x, k) -> torch.Tensor:
-        """Return ``dx = k_gate * dF' + k_top * [x is at the top] / ties + k_x * x + k``.
-
-        davg and dmax are those of spatial_pool_backward; the factors are per channel, k_x is None in eval mode.
-        """
-        raise NotImplementedError
+def norm_relu_(x: torch.Tensor, norm: torch.nn.BatchNorm2d, relu: bool) -> torch.Tensor:
+    """Batch-norm in eval mode, with the bits of torch.nn.functional.batch_norm, and ReLU, in the place of x."""
+    args = (x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, relu)
+    if torch.compiler.is_compiling():
+        torch.ops.timm_cbam.norm_relu_(*args)
+    else:
+        _norm_relu(*args)
+    return x

@@ -1,0 +1,981 @@
+// The passes of tail.py's operator as native loops: all of a block's tail in one call, forward and backward.
+//
+// No torch headers: native.py hands over the address of torch_parallel_for (a C function of PyTorch's stable ABI), so that
+// PyTorch's own threads do the work, and tail_cpu.py hands over addresses of tensors in the struct Args.
+//
+// A map is read as few times as the mathematics allows: forward three times (pooling over space, pooling over channels,
+// result), backward six (g and its sums; sums that need the spatial gate's gradient; dx). Where the batch is a multiple of
+// the threads, a thread does all that it can with one sample while it is in the cache. F = batch_norm(x) and F' = F * mc
+// are computed anew from x in each pass, by the same two operations, so that they have the same bits each time: ties of a
+// maximum are found by comparing with it. Every sum is over the same pieces in the same order, whatever the number of
+// threads.
+//
+// Rounding is PyTorch's: a * b + c of a batch-norm is one operation where PyTorch's own loops of this SIMD level have FMA
+// (mad), and the output of a batch-norm in bfloat16 is rounded to it. So a warm start (weights.py) computes the plain
+// ResNet's bits. NaN: a comparison is written such that NaN passes, or its absence is checked by a sum.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <memory>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+#define R __restrict__
+
+namespace {
+
+using i64 = int64_t;
+using Body = void (*)(i64, i64, void*);
+using ParallelFor = int32_t (*)(i64, i64, i64, Body, void*);
+ParallelFor parallel_for;
+
+// Run f(begin, end) over pieces of 0..n; inside of another par everything runs in the calling thread.
+template <class F>
+void par(i64 n, i64 grain, F&& f) {
+    parallel_for(0, n, std::max<i64>(1, grain), [](i64 begin, i64 end, void* context) {
+        (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
+    }, &f);
+}
+
+struct bfloat16 {
+    uint16_t bits;
+    bfloat16() = default;
+    explicit bfloat16(float value) {
+        uint32_t u;
+        std::memcpy(&u, &value, 4);
+        uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
+        bits = static_cast<uint16_t>(value != value ? 0x7fc0 : rounded);
+    }
+    explicit operator float() const {
+        uint32_t u = static_cast<uint32_t>(bits) << 16;
+        float value;
+        std::memcpy(&value, &u, 4);
+        return value;
+    }
+};
+
+inline float mad(float a, float b, float c) {
+#ifdef __FMA__
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+inline double mad(double a, double b, double c) {
+#ifdef __FMA__
+    return __builtin_fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// exp for the loops over pixels, which the compiler can vectorise; relative error below 2e-7, exp(0) = 1.
+inline float exponential(float x) {
+    x = x > 88.f ? 88.f : x < -87.f ? -87.f : x;
+    float shifted = mad(x, 1.44269504f, 12582912.f);  // rounds to an integer, held in the low bits
+    float n = shifted - 12582912.f;
+    float r = mad(n, -0.693359375f, x);
+    r = mad(n, 2.12194440e-4f, r);
+    float p = 1.9875691500e-4f;
+    p = mad(p, r, 1.3981999507e-3f);
+    p = mad(p, r, 8.3334519073e-3f);
+    p = mad(p, r, 4.1665795894e-2f);
+    p = mad(p, r, 1.6666665459e-1f);
+    p = mad(p, r, 5.0000001201e-1f);
+    p = mad(p, r * r, r) + 1.f;
+    uint32_t bits;
+    std::memcpy(&bits, &shifted, 4);
+    bits = (bits << 23) + 0x3f800000u;
+    float power;
+    std::memcpy(&power, &bits, 4);
+    return p * power;
+}
+inline double exponential(double x) { return std::exp(x); }
+
+template <class A>
+inline A sigmoid(A x) { return A(1) / (A(1) + exponential(-x)); }
+
+template <class A>
+inline A relu(A x) { return x <= 0 ? A(0) : x; }
+
+template <class A>
+inline A larger(A a, A b) { return a != a || a > b ? a : b; }  // NaN if one of both is
+
+constexpr i64 LANES = 16;
+inline i64 padded(i64 n) { return (n + LANES - 1) / LANES * LANES; }
+
+}  // namespace
+
+// In the order of tail_cpu.py. Maps are of the tensors' dtype, everything else of the dtype of accumulation: float for
+// float and bfloat16, double for double. b, c, h, w: sizes of the map; r: hidden width of the MLP; k: size of the kernel.
+// collect: compute mean and var here; round_invstd: PyTorch holds 1 / deviation in bfloat16.
+struct Args {
+    i64 dtype, channels_last, threads, b, c, h, w, r, k, training, bn_training, collect, round_invstd;
+    double eps, bn_eps;
+    const void *x, *shortcut;
+    void* out;
+    const void *weight, *bias;
+    void *mean, *var;  // (C,) of the batch-norm, computed here if collect
+    const void *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight, *bn_bias;
+    void *bn_stats;      // (2,) mean and variance of the spatial batch-norm, computed here in training
+    const void* factor;  // (B,) of the branch, stochastic depth
+    // results that the backward pass needs
+    void *space;   // (3, B, C) average, maximum and minimum of x over space
+    void *hidden;  // (2, B, R) of the MLP before its activation, for both poolings
+    void *mc;      // (B, C)
+    void *pooled;  // (B, 2, H, W) average and maximum of F' over the channels
+    void *conv;    // (B, H, W) output of the 7x7 convolution
+    // backward
+    const void* grad;
+    void *g, *dx, *dweight, *dbias, *dfc1, *dfc1_bias, *dfc2, *dfc2_bias, *dkernel, *dbn;  // dbn: (2,) weight and bias
+};
+
+namespace {
+
+template <class T, class A, bool CL>
+struct Tail {
+    const Args& a;
+    const i64 B, C, H, W, P, HID, K, Q;
+    const A *weight, *bias, *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight, *bn_bias, *factor;
+    A *mean, *var, *bn_stats, *avg, *maximum, *minimum, *hidden, *mc, *pooled, *conv;
+    std::unique_ptr<A[]> memory;
+    A *scale, *shift, *invstd;
+    static constexpr A INF = std::numeric_limits<A>::infinity();
+
+    explicit Tail(const Args& args)
+        : a(args), B(a.b), C(a.c), H(a.h), W(a.w), P(a.h * a.w), HID(a.r), K(a.k), Q(a.k / 2) {
+        auto small = [](const void* p) { return static_cast<const A*>(p); };
+        weight = small(a.weight), bias = small(a.bias);
+        fc1 = small(a.fc1), fc1_bias = small(a.fc1_bias), fc2 = small(a.fc2), fc2_bias = small(a.fc2_bias);
+        kernel = small(a.kernel), bn_weight = small(a.bn_weight), bn_bias = small(a.bn_bias), factor = small(a.factor);
+        mean = static_cast<A*>(a.mean), var = static_cast<A*>(a.var), bn_stats = static_cast<A*>(a.bn_stats);
+        avg = static_cast<A*>(a.space), maximum = avg + B * C, minimum = maximum + B * C;
+        hidden = static_cast<A*>(a.hidden), mc = static_cast<A*>(a.mc);
+        pooled = static_cast<A*>(a.pooled), conv = static_cast<A*>(a.conv);
+        memory.reset(new A[3 * C]);
+        scale = memory.get(), shift = scale + C, invstd = shift + C;
+    }
+
+    const T* map(const void* p, i64 sample) const { return static_cast<const T*>(p) + sample * C * P; }
+    T* map(void* p, i64 sample) const { return static_cast<T*>(p) + sample * C * P; }
+
+    // Pixels of a piece of work: enough pieces for the threads at batch 1, long enough for the caches otherwise.
+    i64 piece(i64 least, i64 most) const { return std::min(P, std::clamp<i64>(padded(B * P / 8), least, most)); }
+    i64 chunk() const { return CL ? piece(16, 128) : piece(32, 1024); }
+    i64 chunks() const { return (P + chunk() - 1) / chunk(); }
+
+    // Whether each thread takes whole samples. Not where a sample is smaller than the weights of the MLP, which every
+    // sample would read again.
+    bool by_sample() const { return B > 1 && HID <= P / 4 && (B % a.threads == 0 || B >= 4 * a.threads); }
+
+    template <class F>
+    void samples(F&& f) {
+        if (by_sample()) {
+            par(B, 1, [&](i64 b0, i64 b1) {
+                for (i64 b = b0; b < b1; b++) f(b, b + 1);
+            });
+        } else {
+            f(i64(0), B);
+        }
+    }
+
+    void prepare() {
+        for (i64 c = 0; c < C; c++) {
+            // As PyTorch: in training the root is computed in double.
+            if (a.training) invstd[c] = static_cast<A>(1 / std::sqrt(static_cast<double>(var[c]) + a.eps));
+            else invstd[c] = 1 / std::sqrt(var[c] + static_cast<A>(a.eps));
+            if (a.round_invstd) invstd[c] = static_cast<float>(bfloat16(static_cast<float>(invstd[c])));
+            scale[c] = invstd[c] * weight[c];
+            shift[c] = mad(-mean[c], scale[c], bias[c]);
+        }
+    }
+
+    // F at one element, as PyTorch's batch-norm rounds it
+    static A norm(A x, A scale, A shift) { return static_cast<A>(static_cast<T>(mad(x, scale, shift))); }
+
+    A pooled_avg(i64 b, i64 c) const { return mad(avg[b * C + c] - mean[c], scale[c], bias[c]); }
+    A pooled_max(i64 b, i64 c) const {
+        // F falls with x where the scale is negative, and is constant or NaN where it is zero.
+        return larger(norm(maximum[b * C + c], scale[c], shift[c]), norm(minimum[b * C + c], scale[c], shift[c]));
+    }
+    A top(i64 b, i64 c) const { return scale[c] < 0 ? minimum[b * C + c] : maximum[b * C + c]; }
+
+    // ---- forward
+
+    // Mean and variance over batch and space in the very order of PyTorch's contiguous loops, each sum one after the other
+    // in double; several channels at a time, because one addition waits for the one before. While a channel is in the
+    // cache, its poolings over space are computed, too.
+    void collect() {
+        constexpr i64 G = 8;
+        par((C + G - 1) / G, 1, [&](i64 s, i64 e) {
+            for (i64 group = s; group < e; group++) {
+                i64 c0 = group * G, n = std::min(G, C - c0);
+                double sum[G] = {}, square[G] = {};
+                A m[G] = {};
+                for (i64 b = 0; b < B; b++) {
+                    const T* R x = map(a.x, b) + c0 * P;
+                    if (n == G) {
+                        for (i64 p = 0; p < P; p++)
+                            for (i64 j = 0; j < G; j++) sum[j] += static_cast<double>(static_cast<A>(x[j * P + p]));
+                    } else {
+                        for (i64 p = 0; p < P; p++)
+                            for (i64 j = 0; j < n; j++) sum[j] += static_cast<double>(static_cast<A>(x[j * P + p]));
+                    }
+                }
+                for (i64 j = 0; j < n; j++) mean[c0 + j] = m[j] = static_cast<A>(sum[j] / (B * P));
+                for (i64 b = 0; b < B; b++) {
+                    const T* R x = map(a.x, b) + c0 * P;
+                    if (n == G) {
+                        for (i64 p = 0; p < P; p++)
+                            for (i64 j = 0; j < G; j++) square[j] = add_square(static_cast<A>(x[j * P + p]) - m[j], square[j]);
+                    } else {
+                        for (i64 p = 0; p < P; p++)
+                            for (i64 j = 0; j < n; j++) square[j] = add_square(static_cast<A>(x[j * P + p]) - m[j], square[j]);
+                    }
+                    pool_rows(b * C + c0, b * C + c0 + n);
+                }
+                for (i64 j = 0; j < n; j++) var[c0 + j] = static_cast<A>(square[j]) / static_cast<A>(B * P);
+            }
+        });
+    }
+    static double add_square(float d, double sum) { return sum + static_cast<double>(d * d); }
+    static double add_square(double d, double sum) { return mad(d, d, sum); }
+
+    void pool_rows(i64 begin, i64 end) {
+        for (i64 i = begin; i < end; i++) {
+            const T* R x = static_cast<const T*>(a.x) + i * P;
+            A sum = 0, high = -INF, low = INF;
+#pragma omp simd reduction(+ : sum) reduction(max : high) reduction(min : low)
+            for (i64 p = 0; p < P; p++) {
+                A v = static_cast<A>(x[p]);
+                sum += v;
+                high = high > v ? high : v;
+                low = low < v ? low : v;
+            }
+            if (sum != sum)
+                for (i64 p = 0; p < P; p++)
+                    if (A v = static_cast<A>(x[p]); v != v) high = low = v;
+            avg[i] = sum / static_cast<A>(P);
+            maximum[i] = high;
+            minimum[i] = low;
+        }
+    }
+
+    void pool_space(i64 b0, i64 b1) {
+        if (!CL) return par((b1 - b0) * C, 16384 / P, [&](i64 s, i64 e) { pool_rows(b0 * C + s, b0 * C + e); });
+        const i64 size = chunk(), n = chunks();
+        std::unique_ptr<A[]> parts(new A[(b1 - b0) * n * 3 * C]);
+        par((b1 - b0) * n, 1, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 p0 = i % n * size, p1 = std::min(P, p0 + size);
+                A *R sum = parts.get() + i * 3 * C, *R high = sum + C, *R low = high + C;
+                const T* R x = map(a.x, b0 + i / n) + p0 * C;
+                for (i64 c = 0; c < C; c++) sum[c] = high[c] = low[c] = static_cast<A>(x[c]);
+                x += C;
+                i64 p = p0 + 1;
+                for (; p + 4 <= p1; p += 4, x += 4 * C) {
+#pragma omp simd
+                    for (i64 c = 0; c < C; c++) {
+                        A u = static_cast<A>(x[c]), v = static_cast<A>(x[C + c]);
+                        A s2 = static_cast<A>(x[2 * C + c]), t = static_cast<A>(x[3 * C + c]);
+                        sum[c] += (u + v) + (s2 + t);
+                        A uv = u > v ? u : v, st = s2 > t ? s2 : t, top4 = uv > st ? uv : st;
+                        high[c] = high[c] > top4 ? high[c] : top4;
+                        uv = u < v ? u : v, st = s2 < t ? s2 : t, top4 = uv < st ? uv : st;
+                        low[c] = low[c] < top4 ? low[c] : top4;
+                    }
+                }
+                for (; p < p1; p++, x += C) {
+#pragma omp simd
+                    for (i64 c = 0; c < C; c++) {
+                        A v = static_cast<A>(x[c]);
+                        sum[c] += v;
+                        high[c] = high[c] > v ? high[c] : v;
+                        low[c] = low[c] < v ? low[c] : v;
+                    }
+                }
+            }
+        });
+        par((b1 - b0) * C, 4096, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 b = i / C, c = i % C;
+                const A* R part = parts.get() + b * n * 3 * C + c;
+                A sum = 0, high = -INF, low = INF;
+                for (i64 j = 0; j < n; j++) {
+                    sum += part[3 * j * C];
+                    high = std::max(high, part[(3 * j + 1) * C]);
+                    low = std::min(low, part[(3 * j + 2) * C]);
+                }
+                const i64 to = (b0 + b) * C + c;
+                if (sum != sum) {
+                    const T* R x = map(a.x, b0 + b) + c;
+                    for (i64 p = 0; p < P; p++)
+                        if (A v = static_cast<A>(x[p * C]); v != v) high = low = v;
+                }
+                avg[to] = sum / static_cast<A>(P);
+                maximum[to] = high;
+                minimum[to] = low;
+            }
+        });
+    }
+
+    void channel_gate(i64 b0, i64 b1) {
+        std::unique_ptr<A[]> values(new A[2 * (b1 - b0) * C]);  // F's pooled, [b][avg, max][c]
+        for (i64 b = b0; b < b1; b++)
+            for (i64 c = 0; c < C; c++) {
+                values[2 * (b - b0) * C + c] = pooled_avg(b, c);
+                values[(2 * (b - b0) + 1) * C + c] = pooled_max(b, c);
+            }
+        par(HID, 65536 / (C * (b1 - b0)), [&](i64 s, i64 e) {
+            for (i64 r = s; r < e; r++) {
+                const A *R w = fc1 + r * C, start = fc1_bias ? fc1_bias[r] : 0;
+                for (i64 b = b0; b < b1; b++) {
+                    const A *R u = &values[2 * (b - b0) * C], *R v = u + C;
+                    A t0 = 0, t1 = 0;
+#pragma omp simd reduction(+ : t0, t1)
+                    for (i64 c = 0; c < C; c++) {
+                        t0 += w[c] * u[c];
+                        t1 += w[c] * v[c];
+                    }
+                    hidden[b * HID + r] = t0 + start;
+                    hidden[(B + b) * HID + r] = t1 + start;
+                }
+            }
+        });
+        std::unique_ptr<A[]> active(new A[(b1 - b0) * HID]);
+        activate(b0, b1, active.get());
+        par(C, 65536 / (HID * (b1 - b0)), [&](i64 s, i64 e) {
+            for (i64 b = b0; b < b1; b++) {
+                const A* R h = &active[(b - b0) * HID];
+                for (i64 c = s; c < e; c++) {
+                    const A* R w = fc2 + c * HID;
+                    A t = 0;
+#pragma omp simd reduction(+ : t)
+                    for (i64 r = 0; r < HID; r++) t += w[r] * h[r];
+                    mc[b * C + c] = fc2_bias ? t + 2 * fc2_bias[c] : t;
+                }
+                for (i64 c = s; c < e; c++) mc[b * C + c] = sigmoid(mc[b * C + c]);
+            }
+        });
+    }
+    void activate(i64 b0, i64 b1, A* R active) const {
+        for (i64 i = 0; i < (b1 - b0) * HID; i++)
+            active[i] = relu(hidden[b0 * HID + i]) + relu(hidden[(B + b0) * HID + i]);
+    }
+
+    void pool_channels(i64 b0, i64 b1) {
+        const i64 size = chunk(), n = chunks();
+        par((b1 - b0) * n, 1, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 b = b0 + i / n, p0 = i % n * size, m = std::min(size, P - p0);
+                A *R sum = pooled + 2 * b * P + p0, *R high = sum + P;
+                const A* R gate = mc + b * C;
+                if (CL) {
+                    const T* R x = map(a.x, b) + p0 * C;
+                    for (i64 p = 0; p < m; p++, x += C) {
+                        A t = 0, h = -INF;
+#pragma omp simd reduction(+ : t) reduction(max : h)
+                        for (i64 c = 0; c < C; c++) {
+                            A v = norm(static_cast<A>(x[c]), scale[c], shift[c]) * gate[c];
+                            t += v;
+                            h = h > v ? h : v;
+                        }
+                        sum[p] = t;
+                        high[p] = h;
+                    }
+                } else {
+                    const T* R x = map(a.x, b) + p0;
+                    for (i64 p = 0; p < m; p++) sum[p] = 0, high[p] = -INF;
+                    i64 c = 0;
+                    for (; c + 4 <= C; c += 4) {
+                        const T *R x0 = x + c * P, *R x1 = x0 + P, *R x2 = x1 + P, *R x3 = x2 + P;
+                        const A *R k = scale + c, *R d = shift + c, *R q = gate + c;
+#pragma omp simd
+                        for (i64 p = 0; p < m; p++) {
+                            A v0 = norm(static_cast<A>(x0[p]), k[0], d[0]) * q[0];
+                            A v1 = norm(static_cast<A>(x1[p]), k[1], d[1]) * q[1];
+                            A v2 = norm(static_cast<A>(x2[p]), k[2], d[2]) * q[2];
+                            A v3 = norm(static_cast<A>(x3[p]), k[3], d[3]) * q[3];
+                            sum[p] += (v0 + v1) + (v2 + v3);
+                            A u = v0 > v1 ? v0 : v1, v = v2 > v3 ? v2 : v3, h = u > v ? u : v;
+                            high[p] = high[p] > h ? high[p] : h;
+                        }
+                    }
+                    for (; c < C; c++) {
+#pragma omp simd
+                        for (i64 p = 0; p < m; p++) {
+                            A v = norm(static_cast<A>(x[c * P + p]), scale[c], shift[c]) * gate[c];
+                            sum[p] += v;
+                            high[p] = high[p] > v ? high[p] : v;
+                        }
+                    }
+                }
+                for (i64 p = 0; p < m; p++) {
+                    if (sum[p] != sum[p]) high[p] = largest(b, p0 + p);
+                    sum[p] /= static_cast<A>(C);
+                }
+            }
+        });
+    }
+    // The maximum over the channels where there may be NaN
+    A largest(i64 b, i64 p) const {
+        A high = -INF;
+        for (i64 c = 0; c < C; c++) {
+            A x = static_cast<A>(map(a.x, b)[CL ? p * C + c : c * P + p]);
+            high = larger(norm(x, scale[c], shift[c]) * mc[b * C + c], high);
+        }
+        return high;
+    }
+
+    // Rows y0 - Q .. y1 + Q of an image between zeros, width `stride` with its first column at Q
+    void pad(const A* R image, A* R to, i64 y0, i64 y1, i64 stride) const {
+        std::fill(to, to + (y1 - y0 + 2 * Q) * stride, A(0));
+        for (i64 y = std::max<i64>(0, y0 - Q); y < std::min(H, y1 + Q); y++)
+            std::copy(image + y * W, image + (y + 1) * W, to + (y - y0 + Q) * stride + Q);
+    }
+    i64 stride() const { return padded(W) + padded(2 * Q); }
+
+    void convolve(i64 b0, i64 b1) {
+        const i64 rows = std::min<i64>(H, 8), n = (H + rows - 1) / rows, plane = (rows + 2 * Q) * stride();
+        par((b1 - b0) * n, 1, [&](i64 s, i64 e) {
+            std::unique_ptr<A[]> images(new A[2 * plane]);
+            for (i64 i = s; i < e; i++) {
+                const i64 b = b0 + i / n, y0 = i % n * rows, y1 = std::min(H, y0 + rows);
+                for (i64 ch = 0; ch < 2; ch++) pad(pooled + (2 * b + ch) * P, &images[ch * plane], y0, y1, stride());
+                for (i64 y = y0; y < y1; y++)
+                    for (i64 v = 0; v < W; v += LANES) {
+                        A sum[LANES] = {};
+                        for (i64 ch = 0; ch < 2; ch++)
+                            for (i64 ky = 0; ky < K; ky++) {
+                                const A* R row = &images[ch * plane + (y - y0 + ky) * stride() + v];
+                                for (i64 kx = 0; kx < K; kx++) {
+                                    const A k = kernel[(ch * K + ky) * K + kx];
+                                    for (i64 l = 0; l < LANES; l++) sum[l] = mad(k, row[kx + l], sum[l]);
+                                }
+                            }
+                        std::copy(sum, sum + std::min(LANES, W - v), conv + b * P + y * W + v);
+                    }
+            }
+        });
+    }
+
+    void collect_bn() {
+        double sum = 0, square = 0;
+        for (i64 i = 0; i < B * P; i++) sum += conv[i];
+        const double m = sum / (B * P);
+        for (i64 i = 0; i < B * P; i++) square += (conv[i] - m) * (conv[i] - m);
+        bn_stats[0] = static_cast<A>(m);
+        bn_stats[1] = static_cast<A>(square / (B * P));
+    }
+    A bn_invstd() const { return static_cast<A>(1 / std::sqrt(static_cast<double>(bn_stats[1]) + a.bn_eps)); }
+
+    // ms of one sample, which stochastic depth scales
+    void spatial_gate(i64 b, A* R ms) const {
+        const A* R z = conv + b * P;
+        const A f = factor ? factor[b] : A(1);
+        if (bn_weight) {
+            const A m = bn_stats[0], k = bn_invstd() * bn_weight[0], d = bn_bias[0];
+#pragma omp simd
+            for (i64 p = 0; p < P; p++) ms[p] = sigmoid(mad(z[p] - m, k, d)) * f;
+        } else {
+#pragma omp simd
+            for (i64 p = 0; p < P; p++) ms[p] = sigmoid(z[p]) * f;
+        }
+    }
+
+    void gate_add(i64 b0, i64 b1) {
+        std::unique_ptr<A[]> gates(new A[(b1 - b0) * P]);
+        par(b1 - b0, 1, [&](i64 s, i64 e) {
+            for (i64 b = s; b < e; b++) spatial_gate(b0 + b, &gates[b * P]);
+        });
+        par((b1 - b0) * (CL ? P : C), 16384 / (CL ? C : P), [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 b = b0 + i / (CL ? P : C);
+                const A *R gate = mc + b * C, *R ms = &gates[(b - b0) * P];
+                const i64 size = CL ? C : P, at = (b0 * (CL ? P : C) + i) * size;
+                const T *x = static_cast<const T*>(a.x) + at, *shortcut = static_cast<const T*>(a.shortcut) + at;
+                T* out = static_cast<T*>(a.out) + at;  // may be x
+                if (CL) {
+                    const A m = ms[i % P];
+#pragma omp simd
+                    for (i64 c = 0; c < C; c++) {
+                        A f = norm(static_cast<A>(x[c]), scale[c], shift[c]) * gate[c];
+                        out[c] = static_cast<T>(relu(mad(f, m, static_cast<A>(shortcut[c]))));
+                    }
+                } else {
+                    const i64 c = i % C;
+                    const A k = scale[c], d = shift[c], q = gate[c];
+#pragma omp simd
+                    for (i64 p = 0; p < P; p++) {
+                        A f = norm(static_cast<A>(x[p]), k, d) * q;
+                        out[p] = static_cast<T>(relu(mad(f, ms[p], static_cast<A>(shortcut[p]))));
+                    }
+                }
+            }
+        });
+    }
+
+    void forward() {
+        if (a.collect) collect();
+        prepare();
+        auto first = [&](i64 b0, i64 b1) {
+            if (!a.collect) pool_space(b0, b1);
+            channel_gate(b0, b1);
+            pool_channels(b0, b1);
+            convolve(b0, b1);
+        };
+        auto second = [&](i64 b0, i64 b1) { gate_add(b0, b1); };
+        if (a.bn_training) {
+            samples(first);
+            collect_bn();
+            samples(second);
+        } else {
+            samples([&](i64 b0, i64 b1) { first(b0, b1), second(b0, b1); });
+        }
+    }
+
+    // ---- backward; names are those of tail.py
+
+    struct Pixels {  // (B, P) each
+        A *ms, *dms, *ties, *davg, *dmax;
+    };
+    struct Sums {  // over space, (B, C) each: of dF', of dF' * (x - mean), pixels at the maximum
+        A *s0, *s1, *ties;
+    };
+
+    // g, dms and, as far as they do not depend on the gates' gradients, the sums
+    void backward_a(i64 b0, i64 b1, const Pixels& px, const Sums& sums, A* parts) {
+        const i64 size = chunk(), n = chunks();
+        par(b1 - b0, 1, [&](i64 s, i64 e) {
+            for (i64 b = b0 + s; b < b0 + e; b++) spatial_gate(b, px.ms + b * P);
+        });
+        par((b1 - b0) * n, 1, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 b = b0 + i / n, j = i % n, p0 = j * size, m = std::min(size, P - p0);
+                const A *R gate = mc + b * C, *R ms = px.ms + b * P + p0, *R high = pooled + (2 * b + 1) * P + p0;
+                A *R dms = px.dms + b * P + p0, *R ties = px.ties + b * P + p0;
+                A *R s0 = parts + (b * n + j) * 3 * C, *R s1 = s0 + C, *R at_top = s1 + C;
+                if (CL) {
+                    const i64 at = p0 * C;
+                    const T *R x = map(a.x, b) + at, *R grad = map(a.grad, b) + at;
+                    const T* R out = map(static_cast<const void*>(a.out), b) + at;
+                    T* R g = map(a.g, b) + at;
+                    std::unique_ptr<A[]> tops(new A[C]);
+                    A* R top_f = tops.get();
+                    for (i64 c = 0; c < C; c++) s0[c] = s1[c] = at_top[c] = 0, top_f[c] = pooled_max(b, c);
+                    for (i64 p = 0; p < m; p++, x += C, grad += C, out += C, g += C) {
+                        const A gate_p = ms[p], high_p = high[p];
+                        A t = 0, count = 0;
+#pragma omp simd reduction(+ : t, count)
+                        for (i64 c = 0; c < C; c++) {
+                            const A v = static_cast<A>(x[c]);
+                            const A q = static_cast<A>(out[c]) <= 0 ? A(0) : static_cast<A>(grad[c]);
+                            g[c] = static_cast<T>(q);
+                            const A f = norm(v, scale[c], shift[c]), gated = f * gate[c];
+                            t += q * gated;
+                            count += gated == high_p ? A(1) : A(0);
+                            s0[c] += q * gate_p;
+                            s1[c] += q * gate_p * (v - mean[c]);
+                            at_top[c] += f == top_f[c] ? A(1) : A(0);
+                        }
+                        dms[p] = t;
+                        ties[p] = count;
+                    }
+                } else {
+                    for (i64 p = 0; p < m; p++) dms[p] = ties[p] = 0;
+                    for (i64 c = 0; c < C; c++) {
+                        const i64 at = c * P + p0;
+                        const T *R x = map(a.x, b) + at, *R grad = map(a.grad, b) + at;
+                        const T* R out = map(static_cast<const void*>(a.out), b) + at;
+                        T* R g = map(a.g, b) + at;
+                        const A k = scale[c], d = shift[c], q = gate[c], centre = mean[c], top_f = pooled_max(b, c);
+                        A t0 = 0, t1 = 0, count = 0;
+#pragma omp simd reduction(+ : t0, t1, count)
+                        for (i64 p = 0; p < m; p++) {
+                            const A v = static_cast<A>(x[p]);
+                            const A u = static_cast<A>(out[p]) <= 0 ? A(0) : static_cast<A>(grad[p]);
+                            g[p] = static_cast<T>(u);
+                            const A f = norm(v, k, d), gated = f * q;
+                            dms[p] += u * gated;
+                            ties[p] += gated == high[p] ? A(1) : A(0);
+                            t0 += u * ms[p];
+                            t1 += u * ms[p] * (v - centre);
+                            count += f == top_f ? A(1) : A(0);
+                        }
+                        s0[c] = t0, s1[c] = t1, at_top[c] = count;
+                    }
+                }
+            }
+        });
+        par((b1 - b0) * C, 4096, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 b = b0 + i / C, c = i % C;
+                const A* R part = parts + b * n * 3 * C + c;
+                A t0 = 0, t1 = 0, count = 0;
+                for (i64 j = 0; j < n; j++) t0 += part[3 * j * C], t1 += part[(3 * j + 1) * C], count += part[(3 * j + 2) * C];
+                sums.s0[b * C + c] = t0, sums.s1[b * C + c] = t1, sums.ties[b * C + c] = count;
+            }
+        });
+    }
+
+    // dms to the gradient of the spatial batch-norm's output, in place
+    void backward_sigmoid(i64 b0, i64 b1, const Pixels& px) {
+        for (i64 b = b0; b < b1; b++) {
+            const A f = factor ? factor[b] : A(1);
+            A *R dms = px.dms + b * P;
+            const A* R z = conv + b * P;
+            const A m = bn_weight ? bn_stats[0] : A(0), k = bn_weight ? bn_invstd() * bn_weight[0] : A(1);
+            const A d = bn_weight ? bn_bias[0] : A(0);
+#pragma omp simd
+            for (i64 p = 0; p < P; p++) {
+                const A gate = sigmoid(mad(z[p] - m, k, d));
+                dms[p] = dms[p] * f * gate * (1 - gate);
+            }
+        }
+    }
+
+    void backward_bn(const Pixels& px) {
+        const A m = bn_stats[0], inv = bn_invstd();
+        double s0 = 0, s1 = 0;
+        for (i64 i = 0; i < B * P; i++) s0 += px.dms[i], s1 += px.dms[i] * ((conv[i] - m) * inv);
+        A* dbn = static_cast<A*>(a.dbn);
+        dbn[0] = static_cast<A>(s1), dbn[1] = static_cast<A>(s0);
+        const A k = bn_weight[0] * inv, n = static_cast<A>(B * P);
+        const A k0 = a.bn_training ? static_cast<A>(s0) / n : A(0), k1 = a.bn_training ? static_cast<A>(s1) / n : A(0);
+        for (i64 i = 0; i < B * P; i++) px.dms[i] = k * (px.dms[i] - k0 - (conv[i] - m) * inv * k1);
+    }
+
+    // Gradients of the 7x7 convolution's input (as davg, dmax: what each channel, each tied channel, gets) and kernel
+    void backward_conv(i64 b0, i64 b1, const Pixels& px, A* dkernels) {
+        const i64 wide = stride(), plane = (H + 2 * Q) * wide, taps = 2 * K * K;
+        par(b1 - b0, 1, [&](i64 s, i64 e) {
+            std::unique_ptr<A[]> memory(new A[3 * plane + taps * LANES]);
+            A *dz = memory.get(), *images = dz + plane, *sums = images + 2 * plane;
+            for (i64 b = b0 + s; b < b0 + e; b++) {
+                pad(px.dms + b * P, dz, 0, H, wide);
+                for (i64 ch = 0; ch < 2; ch++) pad(pooled + (2 * b + ch) * P, images + ch * plane, 0, H, wide);
+                std::fill(sums, sums + taps * LANES, A(0));
+                for (i64 y = 0; y < H; y++)
+                    for (i64 v = 0; v < W; v += LANES) {
+                        const i64 n = std::min(LANES, W - v);
+                        A d[LANES] = {};  // zero behind the row, where `images` may have the padding only
+                        std::copy(px.dms + b * P + y * W + v, px.dms + b * P + y * W + v + n, d);
+                        for (i64 ch = 0; ch < 2; ch++) {
+                            A back[LANES] = {};
+                            for (i64 ky = 0; ky < K; ky++) {
+                                const A* R row = images + ch * plane + (y + ky) * wide + v;
+                                const A* R behind = dz + (y + 2 * Q - ky) * wide + v;
+                                const A* R k = kernel + (ch * K + ky) * K;
+                                A* R sum = sums + (ch * K + ky) * K * LANES;
+                                for (i64 kx = 0; kx < K; kx++) {
+                                    for (i64 l = 0; l < LANES; l++) back[l] = mad(k[kx], behind[2 * Q - kx + l], back[l]);
+                                    for (i64 l = 0; l < LANES; l++)
+                                        sum[kx * LANES + l] = mad(d[l], row[kx + l], sum[kx * LANES + l]);
+                                }
+                            }
+                            std::copy(back, back + n, (ch ? px.dmax : px.davg) + b * P + y * W + v);
+                        }
+                    }
+                for (i64 t = 0; t < taps; t++) {
+                    A sum = 0;
+                    for (i64 l = 0; l < LANES; l++) sum += sums[t * LANES + l];
+                    dkernels[b * taps + t] = sum;
+                }
+                A *R davg = px.davg + b * P, *R dmax = px.dmax + b * P;
+                const A* R ties = px.ties + b * P;
+                for (i64 p = 0; p < P; p++) davg[p] /= static_cast<A>(C), dmax[p] /= ties[p];
+            }
+        });
+    }
+
+    // What pooling over the channels adds to the sums
+    void backward_b(i64 b0, i64 b1, const Pixels& px, const Sums& sums, A* parts) {
+        if (!CL) {
+            par((b1 - b0) * C, 16384 / P, [&](i64 s, i64 e) {
+                for (i64 i = b0 * C + s; i < b0 * C + e; i++) {
+                    const i64 b = i / C, c = i % C;
+                    const T* R x = static_cast<const T*>(a.x) + i * P;
+                    const A *R davg = px.davg + b * P, *R dmax = px.dmax + b * P, *R high = pooled + (2 * b + 1) * P;
+                    const A k = scale[c], d = shift[c], q = mc[i], centre = mean[c];
+                    A t0 = 0, t1 = 0;
+#pragma omp simd reduction(+ : t0, t1)
+                    for (i64 p = 0; p < P; p++) {
+                        const A v = static_cast<A>(x[p]);
+                        const A u = davg[p] + (norm(v, k, d) * q == high[p] ? dmax[p] : A(0));
+                        t0 += u;
+                        t1 += u * (v - centre);
+                    }
+                    sums.s0[i] += t0, sums.s1[i] += t1;
+                }
+            });
+            return;
+        }
+        const i64 size = chunk(), n = chunks();
+        par((b1 - b0) * n, 1, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 b = b0 + i / n, j = i % n, p0 = j * size, p1 = std::min(P, p0 + size);
+                const A *R davg = px.davg + b * P, *R dmax = px.dmax + b * P, *R high = pooled + (2 * b + 1) * P;
+                const A* R gate = mc + b * C;
+                A *R s0 = parts + (b * n + j) * 3 * C, *R s1 = s0 + C;
+                const T* R x = map(a.x, b) + p0 * C;
+                for (i64 c = 0; c < C; c++) s0[c] = s1[c] = 0;
+                for (i64 p = p0; p < p1; p++, x += C) {
+                    const A avg_p = davg[p], max_p = dmax[p], high_p = high[p];
+#pragma omp simd
+                    for (i64 c = 0; c < C; c++) {
+                        const A v = static_cast<A>(x[c]);
+                        const A u = avg_p + (norm(v, scale[c], shift[c]) * gate[c] == high_p ? max_p : A(0));
+                        s0[c] += u;
+                        s1[c] += u * (v - mean[c]);
+                    }
+                }
+            }
+        });
+        par((b1 - b0) * C, 4096, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 b = b0 + i / C, c = i % C;
+                for (i64 j = 0; j < n; j++) {
+                    sums.s0[b * C + c] += parts[(b * n + j) * 3 * C + c];
+                    sums.s1[b * C + c] += parts[((b * n + j) * 3 + 1) * C + c];
+                }
+            }
+        });
+    }
+
+    // The gradients of the MLP's weights, and of F's average and maximum over space, (2, B, C)
+    void backward_mlp(const Sums& sums, A* dpooled) {
+        std::unique_ptr<A[]> memory(new A[B * C + 3 * B * HID + 2 * B * C]);
+        A *dlogit = memory.get(), *active = dlogit + B * C, *dpre = active + B * HID, *values = dpre + 2 * B * HID;
+        for (i64 b = 0; b < B; b++)
+            for (i64 c = 0; c < C; c++) {
+                const i64 i = b * C + c;
+                dlogit[i] = (scale[c] * sums.s1[i] + bias[c] * sums.s0[i]) * mc[i] * (1 - mc[i]);
+                values[i] = pooled_avg(b, c);
+                values[B * C + i] = pooled_max(b, c);
+            }
+        activate(0, B, active);
+        A *dfc1 = static_cast<A*>(a.dfc1), *dfc2 = static_cast<A*>(a.dfc2);
+        par(B, 1, [&](i64 s, i64 e) {
+            for (i64 b = s; b < e; b++) {
+                A *R u = dpre + b * HID, *R v = dpre + (B + b) * HID;
+                for (i64 r = 0; r < HID; r++) u[r] = 0;
+                for (i64 c = 0; c < C; c++) {
+                    const A d = dlogit[b * C + c];
+                    const A* R w = fc2 + c * HID;
+                    for (i64 r = 0; r < HID; r++) u[r] = mad(d, w[r], u[r]);
+                }
+                for (i64 r = 0; r < HID; r++) {
+                    const A d = u[r];
+                    u[r] = hidden[b * HID + r] <= 0 ? A(0) : d;
+                    v[r] = hidden[(B + b) * HID + r] <= 0 ? A(0) : d;
+                }
+            }
+        });
+        par(C, 65536 / (HID * B), [&](i64 s, i64 e) {
+            for (i64 c = s; c < e; c++) {
+                A* R d = dfc2 + c * HID;
+                for (i64 r = 0; r < HID; r++) d[r] = 0;
+                A total = 0;
+                for (i64 b = 0; b < B; b++) {
+                    const A u = dlogit[b * C + c];
+                    const A* R h = active + b * HID;
+                    for (i64 r = 0; r < HID; r++) d[r] = mad(u, h[r], d[r]);
+                    total += u;
+                }
+                if (fc2_bias) static_cast<A*>(a.dfc2_bias)[c] = 2 * total;
+            }
+        });
+        par(HID, 32768 / (C * B), [&](i64 s, i64 e) {
+            for (i64 r = s; r < e; r++) {
+                A* R d = dfc1 + r * C;
+                for (i64 c = 0; c < C; c++) d[c] = 0;
+                A total = 0;
+                for (i64 i = 0; i < 2 * B; i++) {  // both poolings of all samples
+                    const A u = dpre[i * HID + r];
+                    const A* R value = values + i * C;
+                    for (i64 c = 0; c < C; c++) d[c] = mad(u, value[c], d[c]);
+                    total += u;
+                }
+                if (fc1_bias) static_cast<A*>(a.dfc1_bias)[r] = total;
+            }
+        });
+        par(2 * B, 1, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                A* R d = dpooled + i * C;
+                for (i64 c = 0; c < C; c++) d[c] = 0;
+                for (i64 r = 0; r < HID; r++) {
+                    const A u = dpre[i * HID + r];
+                    const A* R w = fc1 + r * C;
+                    for (i64 c = 0; c < C; c++) d[c] = mad(u, w[c], d[c]);
+                }
+            }
+        });
+    }
+
+    struct Factors {  // dx = gate * dF' + [F at its maximum] * tie + centred * (x - mean) + rest; all (B, C)
+        A *gate, *tie, *rest, *centred;
+    };
+
+    void backward_norm(const Sums& sums, const A* dpooled, const Factors& f) {
+        A *dweight = static_cast<A*>(a.dweight), *dbias = static_cast<A*>(a.dbias);
+        par(C, 4096 / B, [&](i64 s, i64 e) {
+            for (i64 c = s; c < e; c++) {
+                double s0 = 0, s1 = 0;
+                for (i64 b = 0; b < B; b++) {
+                    const i64 i = b * C + c;
+                    // Where F is constant all pixels share the maximum, so that on average it is at the average.
+                    const A x = scale[c] == 0 ? avg[i] : top(b, c), davg = dpooled[i], dmax = dpooled[B * C + i];
+                    s0 += mc[i] * sums.s0[i] + davg + dmax;
+                    s1 += mc[i] * sums.s1[i] + davg * (avg[i] - mean[c]) + dmax * (x - mean[c]);
+                }
+                dweight[c] = static_cast<A>(s1) * invstd[c];
+                dbias[c] = static_cast<A>(s0);
+                const A n = static_cast<A>(B * P);
+                const A k0 = a.training ? scale[c] * static_cast<A>(s0) / n : A(0);
+                const A k1 = a.training ? scale[c] * invstd[c] * invstd[c] * static_cast<A>(s1) / n : A(0);
+                for (i64 b = 0; b < B; b++) {
+                    const i64 i = b * C + c;
+                    f.gate[i] = scale[c] * mc[i];
+                    f.tie[i] = scale[c] * dpooled[B * C + i] / sums.ties[i];
+                    f.rest[i] = scale[c] * dpooled[i] / static_cast<A>(P) - k0;
+                    f.centred[i] = -k1;
+                }
+            }
+        });
+    }
+
+    void backward_c(const Pixels& px, const Factors& f) {
+        par(B * (CL ? P : C), 16384 / (CL ? C : P), [&](i64 s, i64 e) {
+            std::unique_ptr<A[]> tops(new A[CL ? C : 1]);
+            i64 tops_of = -1;
+            for (i64 i = s; i < e; i++) {
+                const i64 b = i / (CL ? P : C);
+                const i64 at = i * (CL ? C : P);
+                const T *R x = static_cast<const T*>(a.x) + at, *R g = static_cast<const T*>(a.g) + at;
+                T* R dx = static_cast<T*>(a.dx) + at;
+                const A *R ms = px.ms + b * P, *R davg = px.davg + b * P, *R dmax = px.dmax + b * P;
+                const A* R high = pooled + (2 * b + 1) * P;
+                if (CL) {
+                    if (tops_of != b)
+                        for (i64 c = 0; c < C; c++) tops[c] = pooled_max(b, c);
+                    tops_of = b;
+                    const i64 p = i % P;
+                    const A ms_p = ms[p], avg_p = davg[p], max_p = dmax[p], high_p = high[p];
+                    const A *R q = mc + b * C, *R kg = f.gate + b * C, *R kt = f.tie + b * C, *R k0 = f.rest + b * C;
+                    const A *R k1 = f.centred + b * C, *R top_f = tops.get();
+#pragma omp simd
+                    for (i64 c = 0; c < C; c++) {
+                        const A v = static_cast<A>(x[c]);
+                        const A value = norm(v, scale[c], shift[c]);
+                        const A u = mad(static_cast<A>(g[c]), ms_p, avg_p) + (value * q[c] == high_p ? max_p : A(0));
+                        dx[c] = static_cast<T>(
+                            mad(kg[c], u, mad(k1[c], v - mean[c], k0[c])) + (value == top_f[c] ? kt[c] : A(0)));
+                    }
+                } else {
+                    const i64 c = i % C;
+                    const A k = scale[c], d = shift[c], q = mc[i], centre = mean[c], top_f = pooled_max(b, c);
+                    const A kg = f.gate[i], kt = f.tie[i], k0 = f.rest[i], k1 = f.centred[i];
+#pragma omp simd
+                    for (i64 p = 0; p < P; p++) {
+                        const A v = static_cast<A>(x[p]);
+                        const A value = norm(v, k, d);
+                        const A u = mad(static_cast<A>(g[p]), ms[p], davg[p]) + (value * q == high[p] ? dmax[p] : A(0));
+                        dx[p] = static_cast<T>(mad(kg, u, mad(k1, v - centre, k0)) + (value == top_f ? kt : A(0)));
+                    }
+                }
+            }
+        });
+    }
+
+    void backward() {
+        prepare();
+        const i64 taps = 2 * K * K, parts_size = B * chunks() * 3 * C;
+        std::unique_ptr<A[]> scratch(new A[5 * B * P + 9 * B * C + B * taps + parts_size]);
+        A* next = scratch.get();
+        auto take = [&](i64 n) { return std::exchange(next, next + n); };
+        const Pixels px{take(B * P), take(B * P), take(B * P), take(B * P), take(B * P)};
+        const Sums sums{take(B * C), take(B * C), take(B * C)};
+        const Factors f{take(B * C), take(B * C), take(B * C), take(B * C)};
+        A *dpooled = take(2 * B * C), *dkernels = take(B * taps), *parts = take(parts_size);
+        auto first = [&](i64 b0, i64 b1) {
+            backward_a(b0, b1, px, sums, parts);
+            backward_sigmoid(b0, b1, px);
+        };
+        auto second = [&](i64 b0, i64 b1) {
+            backward_conv(b0, b1, px, dkernels);
+            backward_b(b0, b1, px, sums, parts);
+        };
+        if (bn_weight) {
+            samples(first);
+            backward_bn(px);
+            samples(second);
+        } else {
+            samples([&](i64 b0, i64 b1) { first(b0, b1), second(b0, b1); });
+        }
+        A* dkernel = static_cast<A*>(a.dkernel);
+        for (i64 t = 0; t < taps; t++) {
+            dkernel[t] = 0;
+            for (i64 b = 0; b < B; b++) dkernel[t] += dkernels[b * taps + t];
+        }
+        backward_mlp(sums, dpooled);
+        backward_norm(sums, dpooled, f);
+        backward_c(px, f);
+    }
+
+    // Batch-norm in eval mode, and ReLU, in the place of the map
+    void norm_relu(bool with_relu) {
+        prepare();
+        par(B * (CL ? P : C), 16384 / (CL ? C : P), [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                T* R x = static_cast<T*>(a.out) + i * (CL ? C : P);
+                const A k = scale[CL ? 0 : i % C], d = shift[CL ? 0 : i % C], least = with_relu ? A(0) : -INF;
+                const i64 n = CL ? C : P;
+                if (CL) {
+#pragma omp simd
+                    for (i64 j = 0; j < n; j++) {
+                        A v = norm(static_cast<A>(x[j]), scale[j], shift[j]);
+                        x[j] = static_cast<T>(v <= least ? least : v);
+                    }
+                } else {
+#pragma omp simd
+                    for (i64 j = 0; j < n; j++) {
+                        A v = norm(static_cast<A>(x[j]), k, d);
+                        x[j] = static_cast<T>(v <= least ? least : v);
+                    }
+                }
+            }
+        });
+    }
+};
+
+template <class F>
+int64_t dispatch(const Args& a, F&& f) {
+    try {
+        switch (a.dtype * 2 + (a.channels_last != 0)) {
+            case 0: f(Tail<float, float, false>(a)); break;
+            case 1: f(Tail<float, float, true>(a)); break;
+            case 2: f(Tail<double, double, false>(a)); break;
+            case 3: f(Tail<double, double, true>(a)); break;
+            case 4: f(Tail<bfloat16, float, false>(a)); break;
+            case 5: f(Tail<bfloat16, float, true>(a)); break;
+            default: return 2;
+        }
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
+    return 0;
+}
+
+}  // namespace
+
+EXPORT int64_t cbam_abi() { return 1; }
+EXPORT void cbam_init(void* address) { parallel_for = reinterpret_cast<ParallelFor>(address); }
+EXPORT int64_t cbam_forward(const Args* a) { return dispatch(*a, [](auto&& tail) { tail.forward(); }); }
+EXPORT int64_t cbam_backward(const Args* a) { return dispatch(*a, [](auto&& tail) { tail.backward(); }); }
+EXPORT int64_t cbam_norm_relu(const Args* a, int64_t relu) {
+    return dispatch(*a, [&](auto&& tail) { tail.norm_relu(relu != 0); });
+}

@@ -1,0 +1,270 @@
+"""The operator of tail.py in PyTorch's operations, for any device
+
+What costs time is reading and writing maps, and on CPU most of all fresh ones, whose pages the system has to provide. So
+the forward pass works in the one map that becomes its result. The backward pass goes through chunks of samples, so that
+a map is still in the cache when the next operation needs it; weighted sums are matrix products, several times as fast as
+a product and a sum.
+
+:class:`Steps` has the steps over maps, :func:`forward` and :func:`backward` what happens between them; another
+implementation may bring steps of its own.
+"""
+from typing import Iterator, NamedTuple, Optional, Tuple, Type
+
+import torch
+import torch.nn.functional as F
+
+from .tail import Gradients, Results, Tail, accumulation_dtype, dense
+
+_CHUNK = 1 << 18  # elements for each thread: two such maps in float32 fill the 2 MB of a core's cache
+
+
+class Norm(NamedTuple):
+    """Batch-norm, ``F = (x - mean) * scale + bias``: (C,) each, in the dtype of accumulation."""
+    mean: torch.Tensor
+    invstd: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor
+
+
+def _norm(stats: torch.Tensor, p: Tail) -> Norm:
+    mean, var = stats
+    if p.training:  # in double, and then of the parameters' dtype: as PyTorch
+        invstd = (1 / (var.double() + p.eps).sqrt()).to(p.weight.dtype).to(stats.dtype)
+    else:
+        invstd = 1 / (var + p.eps).sqrt()
+    return Norm(mean, invstd, invstd * p.weight.to(stats.dtype), p.bias.to(stats.dtype))
+
+
+def _normalize(x: torch.Tensor, n: Norm, out: torch.Tensor) -> torch.Tensor:
+    """F, with the same bits each time and those of PyTorch's batch-norm: the scale as weight, one as variance."""
+    empty = n.scale.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        x, n.scale, n.bias, n.mean, torch.ones_like(n.mean), False, 0., 0., out=out, save_mean=empty, save_invstd=empty)
+    return out
+
+
+def _map(t: torch.Tensor) -> torch.Tensor:
+    """Numbers per channel, to be broadcast along space"""
+    return t[..., None, None]
+
+
+def _sum_channels(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """``sum_C x * factor`` for each of the factors (B, K, C): (B, K, H, W)."""
+    return torch.bmm(factors, x.flatten(2).to(factors.dtype)).view(len(x), -1, *x.shape[2:])
+
+
+def _sum_space(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """``sum_HW x * factor`` with a factor per pixel, (B, 1, H, W): (B, C)."""
+    return torch.bmm(factor.flatten(2), x.flatten(2).mT.to(factor.dtype))[:, 0]
+
+
+def _chunks(*tensors: torch.Tensor) -> Iterator[Tuple[torch.Tensor, ...]]:
+    """Split tensors of the same batch, the first of them a map, into chunks of samples."""
+    samples = max(1, torch.get_num_threads() * _CHUNK // tensors[0][0].numel())
+    return zip(*(t.split(samples) for t in tensors), strict=True)
+
+
+class Steps:
+    """The steps over maps, which are dense in the format of x.
+
+    Everything else is of the dtype of accumulation: (C,) or (B, C) per channel, (B, 1, H, W) per pixel. top: value of x
+    where F is largest, (B, C). highest: maximum of F' over the channels, per pixel.
+    """
+
+    @staticmethod
+    def pool_space(x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Statistics of the batch-norm, (2, C), and average, maximum and minimum of x over space, (3, B, C)."""
+        if p.training:
+            stats = torch.stack(torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2])
+        else:
+            stats = torch.stack([p.mean, p.var])
+        flat = x.flatten(2)
+        if x.dtype == dtype:
+            avg = _sum_space(x, x.new_full((len(x), 1, *x.shape[2:]), 1 / flat.shape[2]))
+        else:
+            avg = flat.mean(2, dtype=dtype)
+        return stats.to(dtype), torch.stack([avg, flat.amax(2).to(dtype), flat.amin(2).to(dtype)])
+
+    @staticmethod
+    def pool_channels(x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Average and maximum of F' over the channels, (B, 2, H, W). `out` may be overwritten, gate_add gets it so."""
+        _normalize(x, n, out).mul_(_map(mc))
+        b, _, h, w = x.shape
+        pooled = x.new_empty(b, h, w, 2, dtype=mc.dtype).permute(0, 3, 1, 2)  # convolution is faster so
+        pooled[:, 0] = out.mean(1, dtype=mc.dtype)
+        pooled[:, 1] = out.amax(1)
+        return pooled
+
+    @staticmethod
+    def gate_add(x, n: Norm, mc, ms, shortcut: torch.Tensor, out: torch.Tensor) -> None:
+        """Write ``relu(shortcut + F'')`` to `out`."""
+        torch.addcmul(shortcut, out, ms.to(out.dtype), out=out).relu_()
+
+    @staticmethod
+    def a(grad, x, out, n: Norm, mc, ms, highest) -> Tuple[torch.Tensor, ...]:
+        """g, dms, sums over space of g * ms and of g * ms * (x - mean); number of channels with the maximum of a pixel,
+        and of their indices the sum, which is the index where there is one."""
+        g = torch.ops.aten.threshold_backward(grad, out, 0)
+        channels = torch.arange(x.shape[1], dtype=mc.dtype, device=x.device)
+        counting = torch.stack([torch.ones_like(channels), channels])
+        parts = []
+        for x, g_, mc, ms, highest in _chunks(x, g, mc, ms, highest):
+            f = _normalize(x, n, torch.empty_like(x)).mul_(_map(mc))
+            ties = _sum_channels(torch.eq(f, highest), counting.expand(len(x), -1, -1))
+            dms = _sum_channels(f.mul_(g_), torch.ones_like(mc)[:, None])
+            centred = torch.sub(x, _map(n.mean)).mul_(g_)
+            parts.append((dms, _sum_space(g_, ms), _sum_space(centred, ms), ties[:, :1], ties[:, 1:]))
+        return g, *(torch.cat(part) for part in zip(*parts, strict=True))
+
+    @staticmethod
+    def b(x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Sums over space of ``d = davg + dmax * [F' is the maximum]`` and of ``d * (x - mean)``, (B, C).
+
+        index: channel of the only maximum of each pixel, None if one has several.
+        """
+        s0 = davg.sum((2, 3)).expand_as(mc).clone()
+        even = davg - davg.mean((2, 3), keepdim=True)  # so that no large numbers cancel
+        s1 = _sum_space(x, even) + s0 * (avg - n.mean)
+        if index is not None:
+            i, d = index.flatten(1), dmax.flatten(1)
+            s0.scatter_add_(1, i, d)
+            s1.scatter_add_(1, i, d * (x.gather(1, index).flatten(1) - n.mean[i]))
+        else:
+            for x, mc, dmax, highest, s0_, s1_ in _chunks(x, mc, dmax, highest, s0, s1):
+                d = torch.eq(_normalize(x, n, torch.empty_like(x)).mul_(_map(mc)), highest) * dmax
+                s0_ += d.sum((2, 3))
+                s1_ += d.mul_(torch.sub(x, _map(n.mean))).sum((2, 3))
+        return s0, s1
+
+    @staticmethod
+    def c(x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
+        """``dx = k_gate * (g * ms + d) + k_tie * [x is at the top] / ties + k_centred * (x - mean) + k``, d as in b."""
+        dx = torch.empty_like(x)
+        columns = torch.stack([k_gate, k], dim=2)  # k_gate * davg + k is a matrix of rank 2
+        rows = torch.cat([davg, torch.ones_like(davg)], dim=1).flatten(2)
+        i = dmax if index is None else index
+        for x, g, mc, ms, dmax, highest, i, top, kg, kt, column, row, dx_ in _chunks(
+                x, g, mc, ms, dmax, highest, i, top, k_gate, k_tie, columns, rows, dx):
+            d = torch.mul(g, ms).mul_(_map(kg))
+            d.flatten(2).baddbmm_(column, row)
+            if index is not None:
+                d.scatter_add_(1, i, dmax * kg.gather(1, i.flatten(1)).view_as(dmax))
+            else:
+                at_highest = torch.eq(_normalize(x, n, torch.empty_like(x)).mul_(_map(mc)), highest)
+                d += at_highest * (dmax * _map(kg))
+            at_top = torch.eq(x, _map(top)).to(d.dtype)
+            d.addcmul_(at_top, _map(kt / _sum_space(at_top, torch.ones_like(ms))))
+            dx_.copy_(d.addcmul_(torch.sub(x, _map(n.mean)), _map(k_centred)))
+        return dx
+
+
+def _pooled(n: Norm, space: torch.Tensor) -> torch.Tensor:
+    """Average and maximum of F over space, (2, B, C)"""
+    avg, high, low = (space - n.mean) * n.scale + n.bias
+    return torch.stack([avg, torch.maximum(high, low)])  # F falls with x where the scale is negative
+
+
+def _top(n: Norm, space: torch.Tensor) -> torch.Tensor:
+    return torch.where(n.scale < 0, space[2], space[1])
+
+
+def _spatial_gate(conv: torch.Tensor, bn_stats: torch.Tensor, p: Tail) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The sigmoid, the normalised output of the convolution, and its 1 / deviation."""
+    if p.bn_weight is None:
+        return conv.sigmoid(), conv, conv.new_ones(1)
+    invstd = (bn_stats[1] + p.bn_eps).rsqrt()
+    normal = (conv - bn_stats[0]) * invstd
+    return (normal * p.bn_weight.to(conv.dtype) + p.bn_bias.to(conv.dtype)).sigmoid(), normal, invstd
+
+
+def _matrices(p: Tail, dtype: torch.dtype):
+    return tuple(
+        None if t is None else t.to(dtype).flatten(1) if t.ndim == 4 else t.to(dtype)
+        for t in (p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias))
+
+
+def forward(
+        x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail, steps: Type[Steps] = Steps) -> Results:
+    dtype = accumulation_dtype(x)
+    stats, space = steps.pool_space(x, p, dtype)
+    n = _norm(stats, p)
+    w0, b0, w1, b1 = _matrices(p, dtype)
+    hidden = F.linear(_pooled(n, space), w0, b0)
+    mc = F.linear(hidden.relu().sum(0), w1, None if b1 is None else 2 * b1).sigmoid()
+    pooled = steps.pool_channels(x, n, mc, out)
+    conv = F.conv2d(pooled, p.conv_weight.to(dtype), padding=p.conv_weight.shape[-1] // 2)
+    if p.bn_training:
+        bn_stats = torch.stack([conv.mean((0, 2, 3)), conv.var((0, 2, 3), correction=0)])
+    elif p.bn_weight is not None:
+        bn_stats = torch.stack([p.bn_mean, p.bn_var]).to(dtype)
+    else:
+        bn_stats = conv.new_empty(2, 1)
+    ms, _, _ = _spatial_gate(conv, bn_stats, p)
+    if p.factor is not None:
+        ms = ms * p.factor
+    steps.gate_add(x, n, mc, ms, dense(shortcut, x), out)
+    return Results(stats, bn_stats, space, hidden, mc, pooled, conv)
+
+
+def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
+    forward(x, shortcut, x, p)
+
+
+def backward(
+        grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r: Results, steps: Type[Steps] = Steps,
+) -> Gradients:
+    dtype = accumulation_dtype(x)
+    n, mc = _norm(r.stats, p), r.mc
+    avg, top = r.space[0], _top(n, r.space)
+    kernel = p.conv_weight.to(dtype)
+    gate, normal, bn_invstd = _spatial_gate(r.conv, r.bn_stats, p)
+    ms = gate if p.factor is None else gate * p.factor
+    highest = r.pooled[:, 1:]
+    g, dms, s0, s1, ties, index = steps.a(dense(grad, x), x, out, n, mc, ms, highest)
+
+    dz = dms * gate * (1 - gate)
+    if p.factor is not None:
+        dz = dz * p.factor
+    dbn = torch.stack([(dz * normal).sum(), dz.sum()])
+    if p.bn_weight is not None:
+        if p.bn_training:
+            dz = dz - (dbn[1] + normal * dbn[0]) / dz.numel()
+        dz = dz * (bn_invstd * p.bn_weight.to(dtype))
+    dpooled, dkernel, _ = torch.ops.aten.convolution_backward(
+        dz, r.pooled, kernel, None, [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
+    davg, dmax = dpooled[:, :1] / x.shape[1], dpooled[:, 1:] / ties
+    index = index.long() if x.device.type == 'cpu' and bool((ties == 1).all()) else None
+    t0, t1 = steps.b(x, n, mc, avg, davg, dmax, highest, index)
+    s0, s1 = s0 + t0, s1 + t1  # sums over space of dF' and of dF' * (x - mean)
+
+    w0, b0, w1, b1 = _matrices(p, dtype)
+    dlogit = (n.scale * s1 + n.bias * s0) * mc * (1 - mc)
+    dhidden = torch.where(r.hidden <= 0, 0, dlogit @ w1)
+    pooled = _pooled(n, r.space)
+    dfc1 = torch.einsum('kbr,kbc->rc', dhidden, pooled)
+    dfc2 = dlogit.T @ r.hidden.relu().sum(0)
+    davg_space, dmax_space = dhidden @ w0
+
+    # Where F is constant all pixels share the maximum, so that on average it is at the average.
+    at = torch.where(n.scale == 0, avg, top)
+    dbias = (mc * s0 + davg_space + dmax_space).sum(0)
+    dscale = (mc * s1 + davg_space * (avg - n.mean) + dmax_space * (at - n.mean)).sum(0)
+    size = x[0, 0].numel()
+    k, k_centred = n.scale * davg_space / size, torch.zeros_like(mc)
+    if p.training:
+        k = k - n.scale * dbias / (len(x) * size)
+        k_centred = (-n.scale * n.invstd.square() * dscale / (len(x) * size)).expand_as(mc)
+    dx = steps.c(
+        x, g, n, mc, ms, davg, dmax, highest, index, top, n.scale * mc, n.scale * dmax_space, k_centred, k)
+    empty = dx.new_empty(0, dtype=dtype)
+    return Gradients(
+        dx, g, dscale * n.invstd, dbias, dfc1.view_as(p.fc1_weight), empty if b0 is None else dhidden.sum((0, 1)),
+        dfc2.view_as(p.fc2_weight), empty if b1 is None else 2 * dlogit.sum(0), dkernel, dbn)
+
+
+def norm_relu(x, weight, bias, mean, var, eps: float, relu: bool) -> None:
+    empty = weight.new_empty(0)
+    torch.ops.aten.native_batch_norm.out(
+        x, weight, bias, mean, var, False, 0., eps, out=x, save_mean=empty, save_invstd=empty)
+    if relu:
+        x.relu_()
