@@ -12,7 +12,7 @@ import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from packaging.tags import platform_tags
@@ -23,12 +23,12 @@ FLAGS = (
     '-fno-math-errno', '-fno-trapping-math')
 
 # The names that torch.backends.cpu.get_cpu_capability() gives, in lower case, and what these levels mean there.
-X86_64 = {
+X86_64: Dict[str, Tuple[str, ...]] = {
     'default': (),
     'avx2': ('-mavx2', '-mfma'),
     'avx512': ('-mavx512f', '-mavx512bw', '-mavx512dq', '-mavx512vl', '-mfma', '-mprefer-vector-width=512'),
 }
-ARM64 = {'default': ()}
+ARM64: Dict[str, Tuple[str, ...]] = {'default': ()}
 LEVELS = {'x86_64': X86_64, 'aarch64': ARM64, 'arm64': ARM64}
 
 
