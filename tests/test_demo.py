@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 
-from timm_cbam import __version__
 from timm_cbam.cli import main
 
 FILES = {'config.json', 'model.safetensors', 'demo.png'}
@@ -58,12 +57,6 @@ def test_interrupted(tmp_path):
     assert b'interrupted' in process.stderr.read()
     assert process.wait() == 130
     assert list(tmp_path.iterdir()) == []
-
-
-def test_version(capsys):
-    with pytest.raises(SystemExit) as e:
-        main(['--version'])
-    assert e.value.code == 0 and capsys.readouterr().out == f'timm-cbam {__version__}\n'
 
 
 def test_list(capsys):

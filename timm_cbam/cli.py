@@ -1,5 +1,6 @@
 """The command `timm-cbam`"""
 import argparse
+import os
 import sys
 from importlib import import_module
 from typing import List, Optional
@@ -8,8 +9,24 @@ import torch
 from timm.models import create_model, get_arch_pretrained_cfgs, list_models
 
 from . import __version__
+from .ops import native
 
 __all__ = ['main']
+
+
+class _Version(argparse.Action):
+    """As argparse's own, with what runs on CPU, which is looked up only when it is asked for."""
+
+    def __call__(self, parser, *args):
+        library, which = native.load()
+        if os.environ.get('TIMM_CBAM_FUSED') == '0':
+            implementation = 'module by module (TIMM_CBAM_FUSED=0)'
+        elif library:
+            implementation = f'native loops ({which})'
+        else:
+            implementation = f'PyTorch operations ({which})'
+        print(f'timm-cbam {__version__}\nCPU: {implementation}')
+        parser.exit()
 
 
 def _positive_int(value: str) -> int:
@@ -89,7 +106,7 @@ def _report(args: argparse.Namespace) -> None:
 
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-cbam', description='CBAM-ResNets for timm.')
-    parser.add_argument('--version', action='version', version=f'timm-cbam {__version__}')
+    parser.add_argument('--version', action=_Version, nargs=0, help='show the version, and what runs on CPU, and exit')
     commands = parser.add_subparsers(dest='command', required=True)
 
     command = commands.add_parser('list', help='models, parameters, multiply-adds, weight tags')
