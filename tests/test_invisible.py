@@ -1,5 +1,4 @@
 """Whatever is done to a module of a block, and whoever watches it, has the very effect that it has without fusion"""
-import copy
 import functools
 import re
 from contextlib import contextmanager, nullcontext
@@ -52,8 +51,21 @@ def _prototype(name):
     return block
 
 
+def _copy(m):
+    """As deepcopy, which takes longer than to run a block, copies a module that has nothing unusual."""
+    new = type(m).__new__(type(m))
+    new.__dict__.update({k: v.copy() if isinstance(v, (dict, set)) else v for k, v in m.__dict__.items()})
+    for name, p in m._parameters.items():
+        new._parameters[name] = None if p is None else nn.Parameter(p.detach().clone())
+    for name, b in m._buffers.items():
+        new._buffers[name] = None if b is None else b.clone()
+    for name, child in m._modules.items():
+        new._modules[name] = None if child is None else _copy(child)
+    return new
+
+
 def make(name, inplace=True):
-    block = copy.deepcopy(_prototype(name))
+    block = _copy(_prototype(name))
     for m in block.modules():
         if isinstance(m, nn.ReLU):
             m.inplace = inplace
@@ -132,7 +144,7 @@ def close(a, b):
         return False
     if a.device.type == 'meta':
         return True
-    if not a.is_floating_point():
+    if torch.equal(a, b) or not a.is_floating_point():
         return torch.equal(a, b)
     rtol = 1e-9 if a.dtype == torch.float64 else 1e-4
     with torch._C.DisableTorchFunctionSubclass():
@@ -153,7 +165,7 @@ def differences(actual, expected):
     for key in {**expected, **actual}:
         a, e = actual.get(key, 'nothing'), expected.get(key, 'nothing')
         if not same(a, e):
-            values = '' if isinstance(a, list) else f': {a}, plain: {e}'
+            values = '' if isinstance(a, list) or isinstance(e, list) else f': {a}, plain: {e}'
             faults.append(key + values)
     return faults
 
@@ -469,7 +481,7 @@ def strided(block, m, where, seen):
         setattr(m, n, torch.stack([b, 2 * b], -1)[..., 1])
 
 
-@observer(applies=has_weight)
+@observer(applies=lambda m: has_weight(m) and m.weight.numel() > 1)
 def expanded(block, m, where, seen):
     for n, p in own_parameters(m):
         setattr(m, n, nn.Parameter(p.detach().flatten()[:1].reshape([1] * p.ndim).expand(p.shape)))
@@ -508,17 +520,19 @@ def table():
     for name in BLOCKS:
         for where, m in _prototype(name).named_modules():
             for kind, (_, applies, _, _) in OBSERVERS.items():
-                if applies(m):
+                # the two blocks with a downsample have all that this one has
+                if applies(m) and (name != 'basic' or kind in ('forward_hook', 'full_backward_hook', 'own_forward')):
                     yield pytest.param(name, where, kind, id=f'{name}-{where or "block"}-{kind}')
 
 
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('name, where, kind', table())
+@pytest.mark.parametrize('name, where, kind', list(table()))
 def test_observer(name, where, kind):
     touch, _, without_effect, inplace = OBSERVERS[kind]
     check(
         name,
         lambda block, seen: touch(block, block.get_submodule(where), where, seen),
+        modes=MODES[:3],
         without_effect=without_effect,
         inplace=inplace)
 
@@ -952,7 +966,7 @@ def attributes():
 
 
 @pytest.mark.filterwarnings('ignore:Using padding')
-@pytest.mark.parametrize('name, where, attribute, value', attributes())
+@pytest.mark.parametrize('name, where, attribute, value', list(attributes()))
 def test_attribute(name, where, attribute, value):
     same = attribute in ('inplace', 'affine', 'num_features') or value in ('same', 3) or where == 'se'
     check(
@@ -1037,7 +1051,7 @@ def norms():
                     yield pytest.param(name, where, kind, id=f'{name}-{where}-{kind}')
 
 
-@pytest.mark.parametrize('name, where, kind', norms())
+@pytest.mark.parametrize('name, where, kind', list(norms()))
 def test_batch_norm(name, where, kind):
     def touch(block, seen):
         parent, _, child = where.rpartition('.')
