@@ -116,7 +116,7 @@ def test_layer_integrated_gradients(name, images, where):
         depth = 3 if hasattr(block, 'bn3') else 2
         layer = block.get_submodule(where.replace('last norm', f'bn{depth}').replace('last act', f'act{depth}'))
         method = captum.attr.LayerIntegratedGradients(model, layer)
-        return method.attribute(images, target=1, n_steps=200, return_convergence_delta=True)
+        return method.attribute(images, target=1, n_steps=50, return_convergence_delta=True)
 
     (actual, _), (expected, delta) = both(attribute)
     assert_close(actual, expected)

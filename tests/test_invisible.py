@@ -125,7 +125,7 @@ def outcome(name, mode, touch=nothing, around=nothing, x=sample, inplace=True, u
         result['error'] = type(e), re.sub('0x[0-9a-f]+', '', str(e))
     result['random numbers left'] = [torch.get_rng_state()]
     result['x, afterwards'] = copies(x)
-    result['gradient of x'] = copies(x.grad)
+    result['gradient of x'] = copies(getattr(x, 'grad', None))
     for n, p in block.named_parameters():
         result[f'gradient of {n}'] = copies(p.grad)
     for n, b in block.named_buffers():
@@ -154,17 +154,22 @@ def close(a, b):
         return torch.allclose(a, b, rtol=0., atol=max(rtol * scale, rtol / 1e3), equal_nan=True)
 
 
-def same(a, b):
+def alike(a, b):
+    kinds = [None if t is None else (type(t), t.shape, t.dtype, t.device) for t in (a, b)]
+    return kinds[0] == kinds[1]
+
+
+def same(a, b, close=close):
     if isinstance(a, list) and isinstance(b, list):
         return len(a) == len(b) and all(close(i, j) for i, j in zip(a, b, strict=True))
     return type(a) is type(b) and a == b
 
 
-def differences(actual, expected):
+def differences(actual, expected, close=close):
     faults = []
     for key in {**expected, **actual}:
         a, e = actual.get(key, 'nothing'), expected.get(key, 'nothing')
-        if not same(a, e):
+        if not same(a, e, close):
             values = '' if isinstance(a, list) or isinstance(e, list) else f': {a}, plain: {e}'
             faults.append(key + values)
     return faults
@@ -176,7 +181,7 @@ def _untouched(name, mode):
         return outcome(name, mode)
 
 
-def check(name, touch=nothing, modes=MODES, without_effect=(), effect=all, **kwargs):
+def check(name, touch=nothing, modes=MODES, without_effect=(), effect=all, compare_values=True, **kwargs):
     """Fused and plain agree in every mode; what is done has an effect on the plain path, or it would prove nothing."""
     faults, effects = [], []
     for mode in modes:
@@ -184,7 +189,7 @@ def check(name, touch=nothing, modes=MODES, without_effect=(), effect=all, **kwa
             expected = outcome(name, mode, touch, **kwargs)
         if mode not in without_effect:
             effects.append(bool(differences(expected, _untouched(name, mode))))
-        found = differences(outcome(name, mode, touch, **kwargs), expected)
+        found = differences(outcome(name, mode, touch, **kwargs), expected, close if compare_values else alike)
         if found:
             more = f' and {len(found) - 4} more' if len(found) > 4 else ''
             faults.append(f'{mode}: ' + '; '.join(found[:4]) + more)
@@ -220,9 +225,9 @@ def test_untouched(name, mode):
 OBSERVERS = {}
 
 
-def observer(applies=lambda m: True, without_effect=(), inplace=True):
+def observer(applies=lambda m: True, without_effect=(), **kwargs):
     def add(touch):
-        OBSERVERS[touch.__name__] = touch, applies, without_effect, inplace
+        OBSERVERS[touch.__name__] = touch, applies, dict(kwargs, without_effect=without_effect)
         return touch
     return add
 
@@ -467,7 +472,8 @@ def other_dtype(block, m, where, seen):
     m.float()
 
 
-@observer(applies=has_weight)
+# where PyTorch's own convolutions on CPU raise nothing, and return memory as they found it, there is nothing to compare
+@observer(applies=has_weight, compare_values=False, without_effect=ONLY_GRADIENTS)
 def meta(block, m, where, seen):
     """As `load_state_dict(assign=True)` leaves a model on meta, whose checkpoint lacks these parameters."""
     m.to('meta')
@@ -519,7 +525,7 @@ def other_mode(block, m, where, seen):
 def table():
     for name in BLOCKS:
         for where, m in _prototype(name).named_modules():
-            for kind, (_, applies, _, _) in OBSERVERS.items():
+            for kind, (_, applies, _) in OBSERVERS.items():
                 # the two blocks with a downsample have all that this one has
                 if applies(m) and (name != 'basic' or kind in ('forward_hook', 'full_backward_hook', 'own_forward')):
                     yield pytest.param(name, where, kind, id=f'{name}-{where or "block"}-{kind}')
@@ -528,13 +534,9 @@ def table():
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('name, where, kind', list(table()))
 def test_observer(name, where, kind):
-    touch, _, without_effect, inplace = OBSERVERS[kind]
+    touch, _, kwargs = OBSERVERS[kind]
     check(
-        name,
-        lambda block, seen: touch(block, block.get_submodule(where), where, seen),
-        modes=MODES[:3],
-        without_effect=without_effect,
-        inplace=inplace)
+        name, lambda block, seen: touch(block, block.get_submodule(where), where, seen), modes=MODES[:3], **kwargs)
 
 
 def hook_all(block, seen):
@@ -864,7 +866,7 @@ def located(block, where):
     return where
 
 
-@pytest.mark.filterwarnings('ignore:Lazy modules')
+@pytest.mark.filterwarnings('ignore:Lazy modules', 'ignore:Using padding')
 @blocks
 @pytest.mark.parametrize('case', REPLACED)
 def test_replaced_module(name, case):
@@ -966,7 +968,7 @@ def attributes():
         for case in ATTRIBUTES + INERT:
             where, attribute, value = case
             where = located(block, where)
-            if where in modules and getattr(modules[where], attribute) is not value:
+            if where in modules and getattr(modules[where], attribute) != value:
                 yield pytest.param(
                     name, where, attribute, value, case in INERT, id=f'{name}-{where}.{attribute}={value}')
 
@@ -1140,21 +1142,15 @@ def test_input(name, kind):
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 @blocks
 def test_block_of_other_dtype(name, dtype):
-    """float16 on CPU, too, has to work as it does on the plain path, whose rounding errors are the bound."""
-    block, x = make(name).train(), sample().detach()
-    expected = block(x).detach()
+    """Also those that the operator may not know work as on the plain path, whose rounding errors are the bound."""
     runs = []
-    for path in (nullcontext, plain_path):
+    for path, d in ((nullcontext, dtype), (plain_path, dtype), (plain_path, torch.float64)):
+        block = make(name).train().to(d)
         torch.manual_seed(4)
-        with path():
-            block = make(name).train().to(dtype)
-            block.drop_path = None
-            runs.append(block(x.to(dtype)))
-            assert runs[-1].dtype == dtype
-    with plain_path():
-        reference = make(name).train()
-        reference.drop_path = None
-        expected = reference(x).detach()
+        with path(), torch.no_grad():
+            runs.append(block(sample().detach().to(d)))
+            assert runs[-1].dtype == d
+    expected = runs.pop()
     actual, plain = ((run.double() - expected).norm() for run in runs)
     assert actual < 1.25 * plain + torch.finfo(dtype).eps * expected.norm()
 
