@@ -89,14 +89,6 @@ def copies(*values):
     return [None if t is None else t.detach().clone() for t in tensors(values)]
 
 
-def last_norm(block):
-    return block.bn3 if hasattr(block, 'bn3') else block.bn2
-
-
-def last_act(block):
-    return 'act3' if hasattr(block, 'act3') else 'act2'
-
-
 def nothing(block, seen):
     return nullcontext()
 
@@ -684,7 +676,6 @@ def test_modes_of_torch(name, mode):
     pytest.param(lambda *_: torch.autograd.graph.save_on_cpu(), id='save_on_cpu'),
     pytest.param(lambda *_: torch.autograd.graph.allow_mutation_on_saved_tensors(), id='allow_mutation'),
     pytest.param(lambda *_: torch.autograd.set_multithreading_enabled(False), id='one_thread'),
-    pytest.param(lambda *_: torch.autocast('cpu', torch.bfloat16), id='autocast'),
 ])
 @pytest.mark.filterwarnings('ignore')
 def test_surroundings(name, around):
@@ -735,9 +726,9 @@ PATCHES = {
         (nn.modules.batchnorm._BatchNorm, 'forward'), (nn.ReLU, 'forward'), (nn.Identity, 'forward'),
         (timm.layers.Sigmoid, 'forward'), (DropPath, 'forward'), (nn.Sequential, 'forward'),
         (Cbam, 'forward'), (ChannelAttention, 'forward'), (ChannelAttention, 'attention_map'),
-        (SpatialAttention, 'forward'), (SpatialAttention, 'attention_map'), (SpatialAttention, 'pooled_gate'),
+        (SpatialAttention, 'forward'), (SpatialAttention, 'attention_map'),
         (nn.Conv2d, '__call__'), (nn.Module, '__call__'), (nn.Module, '_call_impl'), (nn.Module, '_wrapped_call_impl'),
-    ) if hasattr(cls, method)
+    )
 }
 
 
