@@ -50,12 +50,13 @@ class CbamBasicBlock(BasicBlock):
         x = self.aa(x)
         x = self.conv2(x)
         x = self.bn2(x)
-        x = self.se(x)
+        if self.se is not None:
+            x = self.se(x)
         if self.drop_path is not None:
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x += shortcut
+        x = x + shortcut
         return self.act2(x)
 
 
@@ -78,12 +79,13 @@ class CbamBottleneck(Bottleneck):
         x = self.aa(x)
         x = self.conv3(x)
         x = self.bn3(x)
-        x = self.se(x)
+        if self.se is not None:
+            x = self.se(x)
         if self.drop_path is not None:
             x = self.drop_path(x)
         if self.downsample is not None:
             shortcut = self.downsample(shortcut)
-        x += shortcut
+        x = x + shortcut
         return self.act3(x)
 
 

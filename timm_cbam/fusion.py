@@ -7,7 +7,7 @@ that decides this, and :func:`forward` the only one that turns modules into argu
 """
 import os
 from importlib.util import find_spec
-from typing import Optional, Tuple
+from typing import Iterable, Optional, Tuple
 
 import torch
 from timm.layers import DropPath
@@ -15,6 +15,7 @@ from timm.layers.activations import Sigmoid
 from timm.layers.pool2d_same import AvgPool2dSame
 from torch import nn
 from torch.nn.modules import module as nn_module
+from torch.utils._device import DeviceContext
 
 from .layers import Cbam, ChannelAttention, SpatialAttention
 from .ops import Tail, cbam_tail, norm_relu_
@@ -53,74 +54,91 @@ _ORIGINALS = tuple(
 
 def _is(m: Optional[nn.Module], cls: type) -> bool:
     """Whether a module is what its class says, and nobody has attached anything to it."""
-    return type(m) is cls and not (
-        m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks
-        or m._compiled_call_impl is not None) and _METHODS.isdisjoint(m.__dict__)
+    if type(m) is not cls:
+        return False
+    d = m.__dict__
+    return not (
+        d['_forward_hooks'] or d['_forward_pre_hooks'] or d['_backward_hooks'] or d['_backward_pre_hooks']
+        or d.get('_compiled_call_impl')) and _METHODS.isdisjoint(d)
 
 
-def _is_norm(m: nn.Module, x: torch.Tensor, *dtypes: torch.dtype) -> bool:
-    return (
-        _is(m, nn.BatchNorm2d)
-        and m.momentum is not None
-        and _are_plain((m.weight, m.bias, m.running_mean, m.running_var), x, dtypes)
-        and m.weight.dtype == m.bias.dtype == m.running_mean.dtype == m.running_var.dtype)
-
-
-def _is_conv(m: nn.Module, groups: int = 1) -> bool:
-    """Whether a convolution of the attention is of the kind that the operator computes; what its size is shows its weight.
-    """
-    kernel = m.weight.shape[-1]
-    return (
-        m.stride == m.dilation == (1, 1) and m.padding == (kernel // 2, kernel // 2) and m.groups == 1
-        and m.padding_mode == 'zeros')
-
-
-def _are_plain(tensors: Tuple[Optional[torch.Tensor], ...], x: torch.Tensor, dtypes: Tuple[torch.dtype, ...]) -> bool:
-    """Whether these are ordinary tensors on the device of x and of one of the dtypes."""
+def _are_plain(tensors: Iterable[Optional[torch.Tensor]], device: torch.device, dtypes: Tuple[torch.dtype, ...]) -> bool:
+    """Whether these are ordinary tensors on the device, all of one of the dtypes."""
+    found = None
     for t in tensors:
-        if type(t) not in (torch.Tensor, nn.Parameter) or t.device != x.device or t.dtype not in dtypes:
+        if type(t) is not nn.Parameter and type(t) is not torch.Tensor:
             return False
-    return True
+        found = found or t.dtype
+        if t.dtype is not found or t.device != device or t.layout is not torch.strided:
+            return False
+    return found in dtypes
+
+
+def _is_norm(m: Optional[nn.Module], device: torch.device, dtypes: Tuple[torch.dtype, ...]) -> bool:
+    if not _is(m, nn.BatchNorm2d) or m.momentum is None or not m.track_running_stats:
+        return False
+    parameters, buffers = m._parameters, m._buffers
+    tensors = parameters['weight'], parameters['bias'], buffers['running_mean'], buffers['running_var']
+    return _are_plain(tensors, device, dtypes) and all(t.shape == tensors[0].shape for t in tensors)
+
+
+def _has_kind(conv: nn.Module, shape: Tuple[int, ...]) -> bool:
+    """Whether a convolution is as the operator computes it: of this shape, same size of output as of input."""
+    return (
+        conv.weight.shape == shape and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (shape[2] // 2, shape[3] // 2) and conv.groups == 1 and conv.padding_mode == 'zeros')
+
+
+def _is_attention(se: Optional[nn.Module], channels: int, device, weight_dtypes, norm_dtypes) -> bool:
+    if not _is(se, Cbam) or se.parallel or se.spatial_first:
+        return False
+    channel, spatial = se._modules['channel'], se._modules['spatial']
+    if not (
+            _is(channel, ChannelAttention) and channel.pooling == 'avgmax'
+            and _is(spatial, SpatialAttention) and spatial.pooling == 'avgmax'):
+        return False
+    c, s = channel._modules, spatial._modules
+    fc1, fc2, conv = c['fc1'], c['fc2'], s['conv']
+    if not (
+            _is(fc1, nn.Conv2d) and _is(c['act'], nn.ReLU) and _is(fc2, nn.Conv2d) and _is(c['gate'], Sigmoid)
+            and _is(conv, nn.Conv2d) and _is(s['gate'], Sigmoid)
+            and (_is(s['bn'], nn.Identity) or _is_norm(s['bn'], device, norm_dtypes) and s['bn'].weight.shape == (1,))):
+        return False
+    tensors = [p for m in (fc1, fc2, conv) for p in m._parameters.values() if p is not None]
+    if not _are_plain(tensors, device, weight_dtypes) or conv.bias is not None or fc1.weight.ndim != 4:
+        return False
+    hidden, kernel = fc1.weight.shape[0], conv.weight.shape[-1]
+    return (
+        _has_kind(fc1, (hidden, channels, 1, 1)) and _has_kind(fc2, (channels, hidden, 1, 1))
+        and kernel % 2 == 1 and _has_kind(conv, (1, 2, kernel, kernel))
+        and (fc1.bias is None or fc1.bias.shape == (hidden,)) and (fc2.bias is None or fc2.bias.shape == (channels,)))
 
 
 def _is_watched() -> bool:
-    """Whether something sees or transforms what is executed: hooks of all modules, modes, transforms, tracers."""
-    return bool(
-        nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
-        or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks
-        or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-        or torch.jit.is_tracing()
-        or any(getattr(cls, name) is not original for cls, name, original in _ORIGINALS))
+    """Whether something sees or transforms what is executed: hooks of all modules, modes, transforms, tracers, patches."""
+    if (
+            nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
+            or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks
+            or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+            or torch.autograd.forward_ad._current_level >= 0 or torch._C._is_tracing()):
+        return True
+    for i in range(torch._C._len_torch_function_stack()):
+        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:  # torch.set_default_device
+            return True
+    for cls, name, original in _ORIGINALS:
+        if getattr(cls, name) is not original:
+            return True
+    return False
 
 
-def _is_attention(se: nn.Module, x: torch.Tensor, weight_dtypes: Tuple[torch.dtype, ...], norm_dtypes) -> bool:
-    if not _is(se, Cbam) or se.parallel or se.spatial_first:
-        return False
-    channel, spatial = se.channel, se.spatial
-    if not (_is(channel, ChannelAttention) and _is(spatial, SpatialAttention)):
-        return False
-    fc1, fc2, conv, bn = channel.fc1, channel.fc2, spatial.conv, spatial.bn
-    if not (
-            channel.pooling == spatial.pooling == 'avgmax'
-            and _is(fc1, nn.Conv2d) and _is(fc2, nn.Conv2d) and _is(conv, nn.Conv2d)
-            and _is(channel.act, nn.ReLU) and _is(channel.gate, Sigmoid) and _is(spatial.gate, Sigmoid)
-            and (_is(bn, nn.Identity) or _is_norm(bn, x, *norm_dtypes))):
-        return False
-    w0, w1, kernel = fc1.weight, fc2.weight, conv.weight
-    biases = tuple(b for b in (fc1.bias, fc2.bias) if b is not None)
-    return (
-        _are_plain((w0, w1, kernel, *biases), x, weight_dtypes)
-        and w0.dtype == w1.dtype == kernel.dtype and all(b.dtype == w0.dtype for b in biases)
-        and w0.ndim == w1.ndim == kernel.ndim == 4
-        and w0.shape[2:] == w1.shape[2:] == (1, 1) and w1.shape[:2] == w0.shape[1::-1]
-        and kernel.shape[:2] == (1, 2) and kernel.shape[2] == kernel.shape[3] and kernel.shape[3] % 2 == 1
-        and conv.bias is None
-        and _is_conv(fc1) and _is_conv(fc2) and _is_conv(conv))
+def _parts(block: nn.Module):
+    """Names and types up to the tail, the norm and act of the tail"""
+    m = block._modules
+    return (_BOTTLENECK, m['bn3'], m['act3']) if 'conv3' in m else (_BASIC, m['bn2'], m['act2'])
 
 
 def fuses(block: nn.Module, x: torch.Tensor) -> bool:
-    """Whether the block runs as one operator for this input: nobody can tell, and it is faster.
+    """Whether the block may run as one operator for this input, and is faster so.
 
     Args:
         block: CbamBasicBlock or CbamBottleneck.
@@ -129,91 +147,101 @@ def fuses(block: nn.Module, x: torch.Tensor) -> bool:
     if not FUSED:
         return False
     if torch.compiler.is_compiling():
+        # Exporters write plain operations down, and other devices' compilers fuse them.
         if torch.compiler.is_exporting() or LIBRARY is None or x.device.type != 'cpu':
-            return False  # exporters write plain operations down, and other devices' compilers fuse them
-    elif type(x) not in (torch.Tensor, nn.Parameter) or _is_watched():
+            return False
+    elif type(x) is not torch.Tensor and type(x) is not nn.Parameter or _is_watched():
         return False
-    device = x.device.type
-    dtype = x.dtype
-    if torch.is_autocast_enabled(device):
-        # what the convolutions give, whose float32 weights are cast; in other dtypes autocast casts to and fro
-        dtype = torch.get_autocast_dtype(device)
-        weight_dtypes: Tuple[torch.dtype, ...] = (torch.float32, dtype)
-    else:
-        weight_dtypes = (dtype,)
-    if x.ndim != 4 or dtype not in _DTYPES.get(device, ()) or x.layout is not torch.strided:
+    device, dtype = x.device, x.dtype
+    weight_dtypes: Tuple[torch.dtype, ...] = (dtype,)
+    if torch.is_autocast_enabled(device.type):
+        # Convolutions give this, and cast float32 weights to it.
+        dtype = torch.get_autocast_dtype(device.type)
+        weight_dtypes = (torch.float32, dtype)
+    if x.ndim != 4 or x.layout is not torch.strided or dtype not in _DTYPES.get(device.type, ()):
         return False
     norm_dtypes = (dtype, torch.float32)
+    modules = block._modules
     names, norm, act = _parts(block)
     for name, cls in names:
-        if not _is(getattr(block, name), cls):
+        if not _is(modules[name], cls):
             return False
     if not (
-            _is(act, nn.ReLU) and _is_norm(norm, x, *norm_dtypes)
-            and _is_attention(block.se, x, weight_dtypes, norm_dtypes)
-            and norm.weight.shape[0] == block.se.channel.fc1.weight.shape[1]):
+            _is_norm(norm, device, norm_dtypes) and _is(act, nn.ReLU)
+            and _is_attention(modules['se'], norm.weight.shape[0], device, weight_dtypes, norm_dtypes)):
         return False
-    if block.drop_path is not None and not _is(block.drop_path, DropPath):
-        return False
-    if block.downsample is not None:
-        if not _is(block.downsample, nn.Sequential):
+    drop_path, downsample = block.drop_path, block.downsample
+    if downsample is not None:
+        if not _is(downsample, nn.Sequential):
             return False
-        for m in block.downsample:
+        for m in downsample._modules.values():
             if type(m) not in _DOWNSAMPLE or not _is(m, type(m)):
                 return False
-    return True
+    return drop_path is None or _is(drop_path, DropPath)
 
 
-def _parts(block: nn.Module):
-    if hasattr(block, 'conv3'):
-        return _BOTTLENECK, block.bn3, block.act3
-    return _BASIC, block.bn2, block.act2
-
-
-def _run(x: torch.Tensor, modules: Tuple[nn.Module, ...]) -> torch.Tensor:
+def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
     """Run modules one after the other; where no gradient is computed, batch-norm and ReLU in the convolution's place.
 
     A fresh map costs more than the arithmetic: the system has to provide its pages.
     """
+    modules = [m for m in modules if type(m) is not nn.Identity]
     if torch.is_grad_enabled():
         for m in modules:
             x = m(x)
         return x
-    i = 0
-    while i < len(modules):
-        m, previous = modules[i], modules[i - 1] if i else None
-        if type(m) is nn.BatchNorm2d and type(previous) is nn.Conv2d and not m.training and LIBRARY is not None and _is_norm(
-                m, x, x.dtype, torch.float32) and x.is_contiguous() | x.is_contiguous(memory_format=torch.channels_last):
-            followers = [n for n in modules[i + 1:i + 3] if type(n) is not nn.Identity]
-            relu = bool(followers) and type(followers[0]) is nn.ReLU
+    previous = None
+    for i, m in enumerate(modules):
+        if previous is not None and _normalizes_in_place(m, previous, x):
+            relu = i + 1 < len(modules) and type(modules[i + 1]) is nn.ReLU
             x = norm_relu_(x, m, relu)
-            if relu:
-                i = modules.index(followers[0])
-        elif type(m) is not nn.Identity:
+        elif not (type(m) is nn.ReLU and relu):
             x = m(x)
-        i += 1
+            relu = False
+        previous = m
     return x
+
+
+def _normalizes_in_place(m: nn.Module, previous: nn.Module, x: torch.Tensor) -> bool:
+    return (
+        type(m) is nn.BatchNorm2d and type(previous) is nn.Conv2d and not m.training
+        and _is_norm(m, x.device, (x.dtype, torch.float32)) and m.weight.shape[0] == x.shape[1] and x.numel() > 0
+        and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)))
 
 
 def forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     """Output of a block that :func:`fuses`."""
-    names, norm, _ = _parts(block)
-    shortcut = x if block.downsample is None else _run(x, tuple(block.downsample))
-    x = _run(x, tuple(getattr(block, name) for name, _ in names))
-    channel, spatial, bn, drop_path = block.se.channel, block.se.spatial, block.se.spatial.bn, block.drop_path
-    if x.shape != shortcut.shape or x.dtype != shortcut.dtype or x.numel() <= x.shape[1]:
-        raise NotImplementedError
-    if bn_is_norm := type(bn) is nn.BatchNorm2d:
-        if bn.training and bn.num_batches_tracked is not None:
-            bn.num_batches_tracked.add_(1)
-    if norm.training and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
+    modules = block._modules
+    names, norm, act = _parts(block)
+    shortcut = x
+    x = _run(x, [modules[name] for name, _ in names])
+    se, drop_path, downsample = modules['se'], block.drop_path, block.downsample
+    channel, spatial = se.channel, se.spatial
+    bn = spatial.bn if type(spatial.bn) is nn.BatchNorm2d else None
+    fits = (
+        x.shape[1:2] == norm.weight.shape and x.numel() > x.shape[1]
+        and (bn is None or not bn.training or x.numel() > x.shape[1]))  # more than one value in training
+    if not fits:
+        x = se(norm(x))
+        if drop_path is not None:
+            x = drop_path(x)
+    if downsample is not None:
+        shortcut = _run(shortcut, downsample)
+    if not fits:
+        return act(x + shortcut)
+    if x.shape != shortcut.shape or x.dtype != shortcut.dtype:
+        x = se(norm(x))
+        return act((x if drop_path is None else drop_path(x)) + shortcut)
+
+    for n in (norm, bn):
+        if n is not None and n.training and n.num_batches_tracked is not None:
+            n.num_batches_tracked.add_(1)
     factor = None
     if drop_path is not None and drop_path.training and drop_path.drop_prob:
-        factor = drop_path(x.new_ones(len(x), 1, 1, 1))
+        factor = drop_path(x.new_ones(x.shape[0], 1, 1, 1))
     p = Tail(
         norm.weight, norm.bias, norm.running_mean, norm.running_var,
         channel.fc1.weight, channel.fc1.bias, channel.fc2.weight, channel.fc2.bias, spatial.conv.weight,
-        *((bn.weight, bn.bias, bn.running_mean, bn.running_var) if bn_is_norm else (None,) * 4),
-        factor, norm.training, norm.eps, bn_is_norm and bn.training, bn.eps if bn_is_norm else 0.)
-    return cbam_tail(x, shortcut, p, norm.momentum, bn.momentum if bn_is_norm else 0., inplace=True)
+        *((None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)),
+        factor, norm.training, norm.eps, bn is not None and bn.training, 0. if bn is None else bn.eps)
+    return cbam_tail(x, shortcut, p, norm.momentum, 0. if bn is None else bn.momentum, inplace=True)

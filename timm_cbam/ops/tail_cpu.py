@@ -73,7 +73,7 @@ class _Call:
 def _scratch(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list:
     """Tensors in one piece of memory"""
     ends = list(accumulate(map(prod, shapes)))
-    memory = torch.empty(ends[-1], dtype=dtype)
+    memory = torch.empty(ends[-1], dtype=dtype, device='cpu')
     return [memory[end - prod(shape):end].view(shape) for end, shape in zip(ends, shapes, strict=True)]
 
 
