@@ -5,8 +5,11 @@ import os
 import subprocess
 import sys
 import textwrap
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -62,6 +65,17 @@ def liven(model):
                     (m.weight, 0.5, 1.5), (m.bias, -0.2, 0.2), (m.running_mean, -0.2, 0.2), (m.running_var, 0.5, 1.5)):
                 tensor.data.uniform_(low, high, generator=generator)
     return model.eval()
+
+
+@contextmanager
+def plain_path():
+    """Blocks run module by module, as timm's do."""
+    with pytest.MonkeyPatch.context() as patch:
+        if find_spec('timm_cbam.fusion'):
+            patch.setattr('timm_cbam.fusion.FUSED', False)
+        else:
+            patch.setattr('timm_cbam.cbam_resnet.is_fusable', lambda x: False)
+        yield
 
 
 def relative_error(actual, expected):

@@ -1,0 +1,1062 @@
+"""In every graph that a user may build, a block's fused tail gives what timm's modules one by one give, or their error
+
+Blocks, inputs and random numbers are the same on both paths; all is in float64 unless it says otherwise, and gradients
+are those of the input and of every parameter.
+"""
+import contextlib
+import copy
+import gc
+import io
+import itertools
+import pickle
+import threading
+import warnings
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
+import pytest
+import timm
+import torch
+import torch.autograd.forward_ad as fwAD
+from helpers import liven, plain_path
+from torch import nn
+from torch._dynamo import compiled_autograd
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import functional, gradcheck, gradgradcheck
+from torch.func import functional_call
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_flatten
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from timm_cbam import Cbam
+from timm_cbam.cbam_resnet import CbamBasicBlock, CbamBottleneck
+
+KINDS = ('basic', 'bottleneck', 'eccv18', 'downsample')
+
+every_kind = pytest.mark.parametrize('kind', KINDS)
+both_modes = pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
+
+
+def each(*scenarios):
+    return pytest.mark.parametrize('scenario', scenarios, ids=lambda f: f.__name__)
+
+
+def noise(shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def build(kind, training=False):
+    torch.manual_seed(0)
+    attn_layer = partial(Cbam, rd_channels=4, mlp_bias=kind == 'eccv18', spatial_norm=kind == 'eccv18')
+    if kind == 'bottleneck':
+        block = CbamBottleneck(16, 4, attn_layer=attn_layer)
+    elif kind == 'downsample':
+        downsample = nn.Sequential(nn.Conv2d(8, 12, 1, stride=2, bias=False), nn.BatchNorm2d(12))
+        block = CbamBasicBlock(8, 12, stride=2, downsample=downsample, attn_layer=attn_layer)
+    else:
+        block = CbamBasicBlock(8, 8, attn_layer=attn_layer)
+    return liven(block).double().train(training)
+
+
+def build_model(kind='cbam_resnet18', training=False):
+    torch.manual_seed(0)
+    model = timm.create_model(kind, channels=(16,) * 4, layers=(1,) * 4, num_classes=3, output_stride=8)
+    return liven(model).double().train(training)
+
+
+def images(kind, seed=1):
+    return noise((2, 16 if kind == 'bottleneck' else 8, 5, 6), seed)
+
+
+def last(block):
+    """Last convolution and batch-norm of the branch."""
+    return (block.conv3, block.bn3) if hasattr(block, 'conv3') else (block.conv2, block.bn2)
+
+
+def loss(out, seed=2):
+    return (out.square() * noise(out.shape, seed).to(out.dtype)).sum()
+
+
+def inputs(block, x):
+    return [x, *block.parameters()]
+
+
+def gradients(block, x, value, **kwargs):
+    return torch.autograd.grad(value, inputs(block, x), **kwargs)
+
+
+def accumulated(block, x):
+    return [t.grad for t in inputs(block, x)]
+
+
+def is_close(actual, expected, tol):
+    if not isinstance(expected, torch.Tensor):
+        return actual == expected
+    if not isinstance(actual, torch.Tensor) or (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
+        return False
+    if not expected.is_floating_point():
+        return torch.equal(actual, expected)
+    # what cancels to zero leaves rounding errors behind
+    return bool((actual - expected).norm() <= tol * (expected.norm() + 1e-3))
+
+
+def outcome(scenario, block, x):
+    block = copy.deepcopy(block)
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(0)
+    try:
+        result = scenario(block, x)
+    except Exception as e:
+        return e, None
+    return None, tree_flatten((result, list(block.buffers())))
+
+
+def check(scenario, block, x, raises=None, tol=1e-8):
+    """Run a scenario, a function of block and input, on both paths: both give the same, or raise what is said."""
+    error, result = outcome(scenario, block, x)
+    with plain_path():
+        plain_error, expected = outcome(scenario, block, x)
+    assert type(plain_error) is (raises or type(None)), repr(plain_error)  # what is wrong with the test itself
+    if raises is not None:
+        assert type(error) is raises, f'{error!r} where the plain path raises {plain_error!r}'
+        return
+    if error is not None:
+        raise error
+    assert result[1] == expected[1]
+    wrong = [i for i, (a, e) in enumerate(zip(result[0], expected[0], strict=True)) if not is_close(a, e, tol)]
+    assert not wrong, f'{len(wrong)} of {len(expected[0])} results differ: {wrong}'
+
+
+def node_names(out):
+    names, nodes = set(), [out.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        names.add(node.name())
+        nodes += [n for n, _ in getattr(node, 'next_functions', ()) if n is not None]
+    return names
+
+
+@every_kind
+@both_modes
+def test_what_is_compared(kind, training):
+    """Without it the other tests could compare the plain path with itself."""
+    block, x = build(kind, training), images(kind)
+    assert 'AmaxBackward0' not in node_names(block(x))
+    with plain_path():
+        assert 'AmaxBackward0' in node_names(block(x))
+
+
+@every_kind
+@both_modes
+@pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'channels_last'])
+def test_first_order(kind, training, channels_last):
+    def everything(block, x):
+        out = block(x)
+        with torch.no_grad():
+            inferred = block(x)
+        return out, out.stride(), inferred, inferred.stride(), gradients(block, x, loss(out))
+
+    block, x = build(kind, training), images(kind)
+    if channels_last:
+        block, x = (t.to(memory_format=torch.channels_last) for t in (block, x))
+    check(everything, block, x)
+
+
+# ---- second and higher derivatives
+
+@every_kind
+@both_modes
+@pytest.mark.parametrize('check', [gradcheck, gradgradcheck], ids=['gradcheck', 'gradgradcheck'])
+def test_numerical_derivatives(kind, training, check):
+    """Random inputs are further from ties and from the zeros of ReLU than the step of the differences, 1e-6."""
+    block, x = build(kind, training), images(kind)
+    assert check(lambda x, *_: block(x), inputs(block, x.requires_grad_()), fast_mode=True)
+
+
+@every_kind
+def test_numerical_derivatives_forward_mode(kind):
+    block, x = build(kind), images(kind)
+    assert gradcheck(
+        block, x.requires_grad_(), fast_mode=True, check_forward_ad=True, check_batched_grad=True,
+        check_batched_forward_grad=True)
+    assert gradgradcheck(block, x, fast_mode=True, check_fwd_over_rev=True, check_batched_grad=True)
+
+
+def gradient_of_gradients(block, x):
+    first = gradients(block, x, loss(block(x)), create_graph=True)
+    value = sum((g * noise(g.shape, i)).sum() for i, g in enumerate(first))
+    return first, gradients(block, x, value)
+
+
+def gradient_of_each_gradient(block, x):
+    first = gradients(block, x, loss(block(x)), create_graph=True)
+    return first, [
+        gradients(block, x, (g * noise(g.shape)).sum(), retain_graph=True, allow_unused=True) for g in first]
+
+
+def gradient_of_input_gradient(block, x):
+    g, = torch.autograd.grad(loss(block(x)), x, create_graph=True)
+    return g, gradients(block, x, g.square().sum())
+
+
+def third_derivative(block, x):
+    first = gradients(block, x, loss(block(x)), create_graph=True)
+    second = gradients(block, x, sum(g.square().sum() for g in first), create_graph=True)
+    return second, gradients(block, x, sum((g * noise(g.shape, i)).sum() for i, g in enumerate(second)))
+
+
+def backward_with_graph(block, x):
+    with warnings.catch_warnings():
+        warnings.filterwarnings('ignore', '.*reference cycle')
+        loss(block(x)).backward(create_graph=True)
+    first = accumulated(block, x)
+    return first, gradients(block, x, sum(g.square().sum() for g in first))
+
+
+def first_order_after_second(block, x):
+    value = loss(block(x))
+    first = gradients(block, x, value, create_graph=True, retain_graph=True)
+    second = gradients(block, x, sum(g.square().sum() for g in first))
+    again = gradients(block, x, value, create_graph=True)
+    value.backward()
+    return first, second, again, accumulated(block, x)
+
+
+def second_order_after_first(block, x):
+    value = loss(block(x))
+    value.backward(retain_graph=True)
+    return accumulated(block, x), gradients(
+        block, x, gradients(block, x, value, create_graph=True)[0].square().sum())
+
+
+def two_second_orders(block, x):
+    out = block(x)
+    first, second = (gradients(block, x, loss(out, seed), create_graph=True) for seed in (2, 3))
+    return gradients(block, x, sum((g * h).sum() for g, h in zip(first, second, strict=True)))
+
+
+def hvp(block, x):
+    return functional.hvp(lambda x: loss(block(x)), x, noise(x.shape))
+
+
+def vhp(block, x):
+    return functional.vhp(lambda x: loss(block(x)), x, noise(x.shape))
+
+
+def with_parameters(block, x):
+    """Loss as a function of some parameters, and those parameters."""
+    names = [n for n, p in block.named_parameters() if p.numel() <= 16 or n.endswith('fc1.weight')]
+    params = tuple(block.get_parameter(n).detach().clone() for n in names)
+    return lambda *p: loss(functional_call(block, dict(zip(names, p, strict=True)), (x,))), params
+
+
+def hessian_of_parameters(block, x):
+    return functional.hessian(*with_parameters(block, x))
+
+
+def hessian_by_rows(block, x):
+    _, norm = last(block)
+    wanted = [norm.weight, norm.bias, next(block.se.channel.fc2.parameters()), next(block.parameters())]
+    first = torch.autograd.grad(loss(block(x)), wanted, create_graph=True)
+    return [
+        torch.autograd.grad(value, wanted, retain_graph=True)
+        for g in first[:2] for value in g.flatten()]
+
+
+def r1_penalty(block, x):
+    scores = block(x).flatten(1).square().sum(1)
+    g, = torch.autograd.grad(scores.sum(), x, create_graph=True)
+    (scores.mean() + 5 * g.square().sum()).backward()
+    return g, accumulated(block, x)
+
+
+def maml_functional(block, x):
+    params = dict(block.named_parameters())
+    first = torch.autograd.grad(loss(functional_call(block, params, (x,))), params.values(), create_graph=True)
+    adapted = {n: p - 0.01 * g for (n, p), g in zip(params.items(), first, strict=True)}
+    loss(functional_call(block, adapted, (x.flip(3),)), seed=3).backward()
+    return accumulated(block, x)
+
+
+def maml_in_modules(block, x):
+    """As learn2learn does: the adapted tensors take the parameters' places in the modules."""
+    params = dict(block.named_parameters())
+    for _ in range(2):
+        now = {n: block.get_submodule(n.rpartition('.')[0])._parameters[n.rpartition('.')[2]] for n in params}
+        first = torch.autograd.grad(loss(block(x)), list(now.values()), create_graph=True)
+        for (name, p), g in zip(now.items(), first, strict=True):
+            module, _, own = name.rpartition('.')
+            block.get_submodule(module)._parameters[own] = p - 0.01 * g
+    loss(block(x.flip(3)), seed=3).backward()
+    return [p.grad for p in params.values()]
+
+
+SECOND_ORDER = (
+    gradient_of_gradients, gradient_of_each_gradient, gradient_of_input_gradient, third_derivative,
+    backward_with_graph, first_order_after_second, second_order_after_first, two_second_orders, hvp, vhp,
+    hessian_of_parameters, hessian_by_rows, r1_penalty, maml_functional, maml_in_modules)
+
+
+@every_kind
+@both_modes
+@each(*SECOND_ORDER)
+def test_second_order(scenario, kind, training):
+    check(scenario, build(kind, training), images(kind))
+
+
+@pytest.mark.parametrize('name', ['cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_eccv18'])
+@both_modes
+@each(gradient_of_gradients, r1_penalty, maml_functional, maml_in_modules)
+def test_second_order_of_models(scenario, name, training):
+    check(scenario, build_model(name, training), noise((2, 3, 32, 32)))
+
+
+def test_second_order_channels_last():
+    block, x = (t.to(memory_format=torch.channels_last) for t in (build('basic', True), images('basic')))
+    check(gradient_of_each_gradient, block, x)
+
+
+# ---- batched, forward-mode, functional and traced derivatives
+
+def jacobian_vectorized(block, x):
+    return functional.jacobian(lambda x: block(x).sum((2, 3)), x, vectorize=True)
+
+
+def jacobian_forward_mode(block, x):
+    return functional.jacobian(lambda x: block(x)[..., :1], x, strategy='forward-mode', vectorize=True)
+
+
+def batched_gradients(block, x):
+    out = block(x)
+    return gradients(block, x, out, grad_outputs=noise((3, *out.shape)), is_grads_batched=True)
+
+
+def batched_second_gradients(block, x):
+    g, = torch.autograd.grad(loss(block(x)), x, create_graph=True)
+    return gradients(block, x, g, grad_outputs=noise((3, *g.shape)), is_grads_batched=True)
+
+
+def batched_gradients_with_graph(block, x):
+    out = block(x)
+    rows = gradients(block, x, out, grad_outputs=noise((2, *out.shape)), is_grads_batched=True, create_graph=True)
+    return gradients(block, x, sum(r.square().sum() for r in rows))
+
+
+def dual_input(block, x):
+    with fwAD.dual_level():
+        return list(fwAD.unpack_dual(block(fwAD.make_dual(x, noise(x.shape)))))
+
+
+def dual_input_no_grad(block, x):
+    with torch.no_grad():
+        return dual_input(block, x)
+
+
+def dual_parameters(block, x):
+    results = []
+    with torch.no_grad(), fwAD.dual_level():
+        for name, p in block.named_parameters():
+            dual = fwAD.make_dual(p.detach(), noise(p.shape))
+            results += fwAD.unpack_dual(functional_call(block, {name: dual}, (x,)))
+    return results
+
+
+def dual_gradient_of_eager_graph(block, x):
+    """Forward over reverse, where the graph was there before the level."""
+    out = block(x)
+    with fwAD.dual_level():
+        grad = fwAD.make_dual(noise(out.shape), noise(out.shape, 1))
+        return [tuple(fwAD.unpack_dual(g)) for g in gradients(block, x, out, grad_outputs=grad)]
+
+
+def func_jvp_of_eager_backward(block, x):
+    out = block(x)
+    return torch.func.jvp(
+        lambda g: gradients(block, x, out, grad_outputs=g), (noise(out.shape),), (noise(out.shape, 1),))
+
+
+def func_vmap_of_eager_backward(block, x):
+    out = block(x)
+    return torch.func.vmap(lambda g: gradients(block, x, out, grad_outputs=g, retain_graph=True))(
+        noise((3, *out.shape)))
+
+
+def autograd_jvp(block, x):
+    return functional.jvp(block, x, noise(x.shape))
+
+
+def autograd_vjp(block, x):
+    return functional.vjp(block, x, noise(block(x).shape))
+
+
+def func_grad(block, x):
+    return torch.func.grad(lambda x: loss(block(x)))(x)
+
+
+def func_grad_of_parameters(block, x):
+    f, params = with_parameters(block, x)
+    return torch.func.grad(f, argnums=tuple(range(len(params))))(*params)
+
+
+def func_vjp(block, x):
+    out, pull = torch.func.vjp(block, x)
+    return out, pull(noise(out.shape))
+
+
+def func_jvp(block, x):
+    return torch.func.jvp(block, (x,), (noise(x.shape),))
+
+
+def func_vmap(block, x):
+    return torch.func.vmap(block)(torch.stack([x, 2 * x]))
+
+
+def func_vmap_of_samples(block, x):
+    return torch.func.vmap(lambda x: torch.func.grad(lambda x: loss(block(x[None])))(x))(x)
+
+
+def func_vmap_of_ensemble(block, x):
+    params = {n: torch.stack([p, 1.1 * p]).detach() for n, p in block.named_parameters()}
+    return torch.func.vmap(lambda p: functional_call(block, p, (x,)))(params)
+
+
+def func_jacrev(block, x):
+    return torch.func.jacrev(lambda x: block(x).sum((2, 3)))(x)
+
+
+def func_jacfwd(block, x):
+    return torch.func.jacfwd(lambda x: block(x)[..., :1])(x)
+
+
+def func_hessian(block, x):
+    f, params = with_parameters(block, x)
+    return torch.func.hessian(f, argnums=(0, 1))(*params)
+
+
+def traced_forward(block, x):
+    return make_fx(block)(x.detach())(2 * x.detach())
+
+
+def traced_forward_and_backward(block, x):
+    def step(x):
+        x = x.detach().requires_grad_()
+        out = block(x)
+        return out, gradients(block, x, loss(out))
+
+    return make_fx(step)(x.detach())(2 * x.detach())
+
+
+def traced_backward_of_eager_graph(block, x):
+    """The traced function has to depend on its argument, rather than hold what the trace's gradient gave."""
+    out = block(x)
+    traced = make_fx(lambda g: gradients(block, x, out, grad_outputs=g, retain_graph=True))(noise(out.shape))
+    return traced(noise(out.shape, 1))
+
+
+def fake_tensors(block, x):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        x = mode.from_tensor(x.detach()).requires_grad_()
+        out = block(x)
+        return out.shape, [g.shape for g in gradients(block, x, loss(out))]
+
+
+def fake_gradient_of_eager_graph(block, x):
+    out = block(x)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        grad = mode.from_tensor(noise(out.shape))
+        return [g.shape for g in gradients(block, x, out, grad_outputs=grad)]
+
+
+TRANSFORMS = (
+    jacobian_vectorized, jacobian_forward_mode, batched_gradients, batched_second_gradients,
+    batched_gradients_with_graph, dual_input, dual_input_no_grad, dual_parameters, dual_gradient_of_eager_graph,
+    func_jvp_of_eager_backward, func_vmap_of_eager_backward, autograd_jvp, autograd_vjp, func_grad,
+    func_grad_of_parameters, func_vjp, func_jvp, func_vmap, func_vmap_of_samples, func_vmap_of_ensemble, func_jacrev,
+    func_jacfwd, func_hessian, traced_forward, traced_forward_and_backward, traced_backward_of_eager_graph,
+    fake_tensors, fake_gradient_of_eager_graph)
+PLAIN_RAISES = {}
+
+
+@every_kind
+@both_modes
+@each(*TRANSFORMS)
+def test_transforms(scenario, kind, training):
+    check(scenario, build(kind, training), images(kind), raises=PLAIN_RAISES.get((scenario, training)))
+
+
+def compiled_backward(backend, order):
+    def scenario(block, x):
+        value = loss(block(x))
+        torch.compiler.reset()
+        with compiled_autograd._enable(torch.compile(backend=backend, fullgraph=True)):
+            if order == 1:
+                value.backward()
+                return accumulated(block, x)
+            g, = torch.autograd.grad(value, x, create_graph=True)
+        return gradients(block, x, g.square().sum())
+
+    return scenario
+
+
+@pytest.mark.parametrize('kind, training', [('eccv18', False), ('bottleneck', True)], ids=['eccv18', 'bottleneck'])
+@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+def test_compiled_autograd(backend, kind, training):
+    check(compiled_backward(backend, 1), build(kind, training), images(kind))
+
+
+def test_compiled_autograd_second_order():
+    check(compiled_backward('eager', 2), build('basic'), images('basic'))
+
+
+def test_compiled_autograd_by_its_setting():
+    def scenario(block, x):
+        value = loss(block(x))
+        torch.compiler.reset()
+        with torch._dynamo.config.patch(compiled_autograd=True):
+            torch.compile(lambda: value.backward(), backend='eager')()
+        return accumulated(block, x)
+
+    check(scenario, build('basic', True), images('basic'))
+
+
+# ---- several losses, several forward passes
+
+@every_kind
+@both_modes
+def test_losses_in_every_order(kind, training):
+    """Every order of three losses over one forward pass, after each of which the graph is retained or not."""
+    def scenario(order, kept):
+        def run(block, x):
+            out = block(x)
+            losses = loss(out), out[:, ::2].mean(), (out * noise(out.shape, 3)).sum()
+            results = []
+            for i in order:
+                try:
+                    results.append(gradients(block, x, losses[i], retain_graph=i in kept))
+                except RuntimeError as e:
+                    results.append(str(e)[:60])  # a graph that is gone
+            return results
+
+        return run
+
+    block, x = build(kind, training), images(kind)
+    for order in itertools.permutations(range(3)):
+        for n in range(3):
+            for kept in itertools.combinations(range(3), n):
+                check(scenario(order, kept), block, x)
+
+
+def siamese_first_first(block, x):
+    a, b = loss(block(x)), loss(block(x.flip(3)), 3)
+    return gradients(block, x, a), gradients(block, x, b)
+
+
+def siamese_last_first(block, x):
+    a, b = loss(block(x)), loss(block(x.flip(3)), 3)
+    return gradients(block, x, b), gradients(block, x, a)
+
+
+def siamese_interleaved(block, x):
+    a, b = loss(block(x)), loss(block(x.flip(3)), 3)
+    results = [gradients(block, x, value, retain_graph=True) for value in (a, b, a, b, b, a)]
+    return results, gradients(block, x, a * b)
+
+
+def siamese_together(block, x):
+    a, b = block(x), block(x.flip(3))
+    (a - b).square().sum().backward(retain_graph=True)
+    (a * b).sum().backward()
+    return accumulated(block, x)
+
+
+def siamese_one_without_gradient(block, x):
+    a = block(x)
+    with torch.no_grad():
+        b = block(x.flip(3))
+    loss(a - b).backward()
+    return accumulated(block, x)
+
+
+def siamese_one_dropped(block, x):
+    a, b = block(x), block(x.flip(3))
+    del a
+    loss(b).backward()
+    return accumulated(block, x)
+
+
+def same_input_twice(block, x):
+    return gradients(block, x, loss(block(x) + 2 * block(x)))
+
+
+def block_after_itself(block, x):
+    for _ in range(3):
+        out = block(x if _ == 0 else out) if block.downsample is None else block(x)
+    return out, gradients(block, x, loss(out))
+
+
+def output_twice(block, x):
+    out = block(x)
+    return gradients(block, x, loss(out) + (out.relu() * noise(out.shape, 5)).sum() + out[0].amax())
+
+
+def output_and_input(block, x):
+    """The input goes elsewhere, too, as in a network with skip connections."""
+    x2 = x * 1.5
+    return gradients(block, x, loss(block(x2)) + loss(x2) + x2[:, :1].exp().sum())
+
+
+def backward_twice(block, x):
+    value = loss(block(x))
+    first, second = (gradients(block, x, value, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    value.backward(retain_graph=True)
+    value.backward()
+    return first, accumulated(block, x)
+
+
+def one_input_at_a_time(block, x):
+    value = loss(block(x))
+    return [torch.autograd.grad(value, t, retain_graph=True) for t in inputs(block, x)]
+
+
+def backward_with_inputs(block, x):
+    value = loss(block(x))
+    for t in reversed(inputs(block, x)):
+        value.backward(inputs=[t], retain_graph=True)
+    return accumulated(block, x)
+
+
+def gradients_of_many_layouts(block, x):
+    out = block(x)
+    g = noise(out.shape)
+    grads = (
+        g, g.to(memory_format=torch.channels_last), g.transpose(2, 3).contiguous().transpose(2, 3),
+        torch.stack([g, g], dim=-1)[..., 1], g[:1, :1, :1, :1].expand_as(g), g[:, :1].expand_as(g), g.flip(0) * 0)
+    return [gradients(block, x, out, grad_outputs=t, retain_graph=True) for t in grads]
+
+
+def inputs_of_many_layouts(block, x):
+    views = (
+        x.transpose(2, 3).contiguous().transpose(2, 3), torch.stack([x, x], dim=-1)[..., 1], x[:1].expand_as(x),
+        x.to(memory_format=torch.channels_last), torch.cat([x, x], dim=1)[:, :x.shape[1]], x[..., :1].expand_as(x))
+    return [(out, gradients(block, x, loss(out))) for out in map(block, views)]
+
+
+def hooks_on_tensors(block, x):
+    seen = []
+    handles = [t.register_hook(lambda g, i=i: seen.append(g) or (i + 1) * g) for i, t in enumerate(inputs(block, x))]
+    out = block(x)
+    out.register_hook(lambda g: seen.append(g) or 2 * g)
+    out.retain_grad()
+    out.grad_fn.register_prehook(lambda g: tuple(3 * t for t in g))
+    loss(out).backward()
+    del handles
+    return seen[0], out.grad, accumulated(block, x)
+
+
+def hooks_after_accumulation(block, x):
+    """As optimizers do which step within the backward pass."""
+    def step(p):
+        with torch.no_grad():
+            p -= 0.01 * p.grad
+        p.grad = None
+
+    for p in block.parameters():
+        p.register_post_accumulate_grad_hook(step)
+    loss(block(x)).backward()
+    return list(block.parameters()), x.grad
+
+
+GRAPHS = (
+    siamese_first_first, siamese_last_first, siamese_interleaved, siamese_together, siamese_one_without_gradient,
+    siamese_one_dropped, same_input_twice, block_after_itself, output_twice, output_and_input, backward_twice,
+    one_input_at_a_time, backward_with_inputs, gradients_of_many_layouts, inputs_of_many_layouts, hooks_on_tensors,
+    hooks_after_accumulation)
+
+
+@every_kind
+@both_modes
+@each(*GRAPHS)
+def test_graphs(scenario, kind, training):
+    check(scenario, build(kind, training), images(kind))
+
+
+@every_kind
+@both_modes
+@pytest.mark.parametrize('when', ['map_alone', 'map_first', 'map_last', 'together', 'map_retained', 'hooks_removed'])
+@pytest.mark.parametrize('gate', ['se.channel.gate', 'se.spatial.gate', 'both'])
+def test_losses_on_attention_maps(gate, when, kind, training):
+    def scenario(block, x):
+        maps = []
+        for name in ('se.channel.gate', 'se.spatial.gate') if gate == 'both' else (gate,):
+            handle = block.get_submodule(name).register_forward_hook(lambda m, i, o: maps.append(o))
+        out = block(x)
+        if when == 'hooks_removed':
+            handle.remove()
+        task, attention = loss(out), sum(loss(m, 5) for m in maps)
+        losses = {
+            'map_alone': [attention], 'map_first': [attention, task], 'map_last': [task, attention],
+            'together': [task + 3 * attention], 'map_retained': [attention, attention, task, attention],
+            'hooks_removed': [task, attention]}[when]
+        return maps, [gradients(block, x, value, retain_graph=True, allow_unused=True) for value in losses]
+
+    check(scenario, build(kind, training), images(kind))
+
+
+@every_kind
+@both_modes
+def test_frozen_subsets(kind, training):
+    """Every subset of input, early layers, the last norm's weight, its bias, both gates and downsample."""
+    _, norm = last(build(kind))
+    names = {id(p): n for n, p in build(kind).named_parameters()}
+    groups = {'input': []}
+    for name in names.values():
+        module = name.split('.')[0]
+        group = name if module == ('bn3' if kind == 'bottleneck' else 'bn2') else (
+            name.rpartition('.')[0][:10] if module == 'se' else 'downsample' if module == 'downsample' else 'early')
+        groups.setdefault(group, []).append(name)
+    block, x = build(kind, training), images(kind)
+
+    def scenario(wanted):
+        def run(block, x):
+            x.requires_grad_('input' in wanted)
+            for group, members in groups.items():
+                for name in members:
+                    block.get_parameter(name).requires_grad_(group in wanted)
+            out = block(x)
+            if wanted:
+                loss(out).backward()
+            return out, out.requires_grad, accumulated(block, x)
+
+        return run
+
+    for n in range(len(groups) + 1):
+        for wanted in itertools.combinations(groups, n):
+            check(scenario(wanted), block, x)
+
+
+def frozen_second_order(block, x):
+    """Only the gates learn, from a penalty on the gradient by the gates' own weights."""
+    block.requires_grad_(False)
+    block.se.requires_grad_(True)
+    x.requires_grad_(False)
+    wanted = list(block.se.parameters())
+    first = torch.autograd.grad(loss(block(x)), wanted, create_graph=True)
+    return torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+
+def frozen_after_forward(block, x):
+    value = loss(block(x))
+    block.requires_grad_(False)
+    block.se.requires_grad_(True)
+    value.backward()
+    return accumulated(block, x)
+
+
+# ---- what happens between forward and backward
+
+def doubled_output(block, x):
+    out = block(x)
+    out.mul_(2)
+    return out, gradients(block, x, loss(out))
+
+
+def incremented_output(block, x):
+    out = block(x)
+    out += 1
+    return out, gradients(block, x, loss(out))
+
+
+def relu_on_output(block, x):
+    out = torch.relu_(block(x))
+    return out, gradients(block, x, loss(out))
+
+
+def view_of_output(block, x):
+    out = block(x)
+    out[:, 0].zero_()
+    return out, gradients(block, x, loss(out))
+
+
+def output_restored(block, x):
+    """Values are the same again, but autograd counts writes."""
+    out = block(x)
+    with torch.no_grad():
+        out.add_(1).sub_(1)
+    return gradients(block, x, loss(out))
+
+
+def changed_input(block, x):
+    x2 = x * 1
+    out = block(x2)
+    x2 += 1
+    return out, gradients(block, x, loss(out))
+
+
+def changed_input_without_gradients(block, x):
+    with torch.no_grad():
+        x2 = x * 1
+        out = block(x2)
+        before = out.clone()
+        x2 += 1
+        return before, out
+
+
+def cleared_data(block, x):
+    """What was saved is the tensor, whatever its parameter points to by now."""
+    value = loss(block(x))
+    for p in block.parameters():
+        p.data = torch.zeros_like(p)
+    return gradients(block, x, value)
+
+
+def replaced_parameters(block, x):
+    value = loss(block(x))
+    wanted = inputs(block, x)
+    for m in block.modules():
+        for name, p in list(m._parameters.items()):
+            m._parameters[name] = None if p is None else nn.Parameter(2 * p.detach())
+    first = torch.autograd.grad(value, wanted, create_graph=True)
+    return first, torch.autograd.grad(sum(g.square().sum() for g in first), wanted)
+
+
+def changed_settings(block, x):
+    value = loss(block(x))
+    for m in block.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.eps, m.momentum = 0.5, 0.9
+    block.train(not block.training)
+    first = gradients(block, x, value, create_graph=True)
+    return first, gradients(block, x, sum(g.square().sum() for g in first))
+
+
+def replaced_statistics(block, x):
+    """Other buffers in the places of those that forward used."""
+    value = loss(block(x))
+    for m in block.modules():
+        for name, b in list(m._buffers.items()):
+            m._buffers[name] = b + 1
+    first = gradients(block, x, value, create_graph=True)
+    return first, gradients(block, x, sum(g.square().sum() for g in first))
+
+
+def optimizer_step_between(block, x):
+    """A step of the optimizer between a forward pass and its backward pass, as in GANs that are written wrongly."""
+    value = loss(block(x))
+    optimizer = torch.optim.SGD(block.parameters(), lr=0.1)
+    loss(block(x), 3).backward(retain_graph=True)
+    optimizer.step()
+    return gradients(block, x, value)
+
+
+def freed_graph(block, x):
+    value = loss(block(x))
+    value.backward()
+    value.backward()
+
+
+def second_order_of_freed_graph(block, x):
+    first = gradients(block, x, loss(block(x)), create_graph=True, retain_graph=False)
+    gradients(block, x, first[0].square().sum())
+    gradients(block, x, first[0].sum())
+
+
+BETWEEN = {
+    doubled_output: RuntimeError, incremented_output: RuntimeError, relu_on_output: RuntimeError,
+    view_of_output: RuntimeError, output_restored: RuntimeError, changed_input: RuntimeError,
+    optimizer_step_between: RuntimeError, freed_graph: RuntimeError, second_order_of_freed_graph: RuntimeError,
+    changed_input_without_gradients: None, cleared_data: None, replaced_parameters: None, changed_settings: None,
+    replaced_statistics: None, frozen_second_order: None, frozen_after_forward: None}
+
+
+@every_kind
+@both_modes
+@each(*BETWEEN)
+def test_between_forward_and_backward(scenario, kind, training):
+    check(scenario, build(kind, training), images(kind), raises=BETWEEN[scenario])
+
+
+@pytest.mark.parametrize('name', [
+    n for kind in ('eccv18', 'bottleneck') for n in (f'{kind}:{k}' for k in build(kind).state_dict())])
+@both_modes
+def test_tensor_changed_before_backward(name, training):
+    """Parameters and buffers written to after the forward pass: an error where one is needed, else no difference."""
+    kind, name = name.split(':')
+
+    def scenario(block, x):
+        value = loss(block(x))
+        with torch.no_grad():
+            block.state_dict(keep_vars=True)[name].mul_(2)
+        try:
+            return gradients(block, x, value)
+        except RuntimeError as e:
+            return str(e)[:80]
+
+    check(scenario, build(kind, training), images(kind))
+
+
+# ---- where and how graphs run
+
+def backward_in_another_thread(block, x):
+    value = loss(block(x))
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(gradients, block, x, value).result()
+
+
+def forward_in_another_thread(block, x):
+    with ThreadPoolExecutor(1) as pool:
+        value = pool.submit(lambda: loss(block(x))).result()
+    return gradients(block, x, value)
+
+
+def threads_at_once(block, x):
+    state = copy.deepcopy(block.state_dict())
+    start = threading.Barrier(2)
+
+    def work(seed):
+        start.wait()
+        return [gradients(block, x, loss(block(x * seed), seed), create_graph=True)[:2] for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        results = list(pool.map(work, (1, 2)))
+    block.load_state_dict(state)  # the threads' updates of the statistics have no order
+    return results
+
+
+def two_backwards_at_once(block, x):
+    value = loss(block(x))
+    start = threading.Barrier(2)
+
+    def work(scale):
+        start.wait()
+        return [gradients(block, x, scale * value, retain_graph=True) for _ in range(5)]
+
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(work, (1, 2)))
+
+
+def saved_tensors_hooks(block, x):
+    """Which hand out a copy, of another layout, at a later time."""
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (t.detach().clone().numpy(), t.dtype),
+                                                  lambda s: torch.from_numpy(s[0].copy()).to(s[1])):
+        value = loss(block(x))
+    return gradients(block, x, value)
+
+
+def saved_on_cpu(block, x):
+    with torch.autograd.graph.save_on_cpu():
+        value = loss(block(x))
+        first = gradients(block, x, value, create_graph=True)
+    return first, gradients(block, x, first[0].square().sum())
+
+
+def saved_tensors_hooks_disabled(block, x):
+    with torch.autograd.graph.disable_saved_tensors_hooks('none here'):
+        return gradients(block, x, loss(block(x)))
+
+
+def mutation_allowed(block, x):
+    """Autograd clones what is written to, so that an output may be changed."""
+    with torch.autograd.graph.allow_mutation_on_saved_tensors():
+        out = block(x)
+        out.mul_(2)
+        return out, gradients(block, x, loss(out))
+
+
+def checkpoint_reentrant(block, x):
+    loss(checkpoint(block, x, use_reentrant=True)).backward()
+    return accumulated(block, x)
+
+
+def checkpoint_not_reentrant(block, x):
+    value = loss(checkpoint(block, x, use_reentrant=False))
+    first = gradients(block, x, value, create_graph=True)
+    return first, gradients(block, x, first[0].square().sum())
+
+
+def checkpoint_selective(block, x):
+    def policy(ctx, op, *args, **kwargs):
+        return CheckpointPolicy.MUST_SAVE if 'convolution' in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+
+    context_fn = partial(create_selective_checkpoint_contexts, policy)
+    loss(checkpoint(block, x, use_reentrant=False, context_fn=context_fn)).backward()
+    return accumulated(block, x)
+
+
+def checkpoint_nested(block, x):
+    def inner(x):
+        return checkpoint(block, x, use_reentrant=False)
+
+    loss(checkpoint(inner, x, use_reentrant=False)).backward()
+    return accumulated(block, x)
+
+
+def copied_after_forward(block, x):
+    fields = [sorted(vars(m)) for m in block.modules()]
+    size = len(pickle.dumps(block))
+    value = loss(block(x))
+    assert fields == [sorted(vars(m)) for m in block.modules()] and size == len(pickle.dumps(block))
+    copies = copy.deepcopy(block), pickle.loads(pickle.dumps(block))
+    buffer = io.BytesIO()
+    torch.save(block, buffer)
+    buffer.seek(0)
+    copies += torch.load(buffer, weights_only=False),
+    return gradients(block, x, value), [gradients(b, x, loss(b(x))) for b in copies]
+
+
+def anomaly_mode(block, x):
+    with torch.autograd.detect_anomaly():
+        return gradient_of_input_gradient(block, x)
+
+
+def anomaly_mode_infinite(block, x):
+    with torch.autograd.detect_anomaly():
+        loss(block(x / 0)).backward()
+
+
+def inference_mode_then_training(block, x):
+    with torch.inference_mode():
+        before = block(x)
+    return before.clone(), gradients(block, x, loss(block(x)))
+
+
+def inference_input_in_graph(block, x):
+    with torch.inference_mode():
+        x2 = x * 2
+    return gradients(block, x, loss(block(x2)))
+
+
+def graph_is_freed(block, x):
+    """By counting references alone, with and without a backward pass."""
+    results = []
+    gc.disable()
+    try:
+        for order in (0, 1, 2):
+            x2 = x * 1
+            alive = weakref.ref(x2)
+            value = loss(block(x2))
+            if order:
+                first = gradients(block, x, value, create_graph=order == 2)
+                del first
+            del value, x2
+            results.append(alive() is None)
+    finally:
+        gc.enable()
+    return results
+
+
+CIRCUMSTANCES = {
+    backward_in_another_thread: None, forward_in_another_thread: None, threads_at_once: None,
+    two_backwards_at_once: None, saved_tensors_hooks: None, saved_on_cpu: None, saved_tensors_hooks_disabled: None,
+    mutation_allowed: None, checkpoint_reentrant: None, checkpoint_not_reentrant: None, checkpoint_selective: None,
+    checkpoint_nested: None, copied_after_forward: None, anomaly_mode: None, anomaly_mode_infinite: RuntimeError,
+    inference_mode_then_training: None, inference_input_in_graph: RuntimeError, graph_is_freed: None}
+
+
+@every_kind
+@both_modes
+@each(*CIRCUMSTANCES)
+@pytest.mark.filterwarnings('ignore:Anomaly Detection')
+def test_circumstances(scenario, kind, training):
+    check(scenario, build(kind, training), images(kind), raises=CIRCUMSTANCES[scenario])
