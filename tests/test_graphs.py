@@ -3,7 +3,6 @@
 Blocks, inputs and random numbers are the same on both paths; all is in float64 unless it says otherwise, and gradients
 are those of the input and of every parameter.
 """
-import contextlib
 import copy
 import gc
 import io
@@ -15,6 +14,7 @@ import weakref
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -32,7 +32,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from timm_cbam import Cbam
 from timm_cbam.cbam_resnet import CbamBasicBlock, CbamBottleneck
 
-KINDS = ('basic', 'bottleneck', 'eccv18', 'downsample')
+KINDS = ('basic', 'bottleneck', 'eccv18')
 
 every_kind = pytest.mark.parametrize('kind', KINDS)
 both_modes = pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
@@ -43,17 +43,15 @@ def each(*scenarios):
 
 
 def noise(shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))  # vmap refuses PyTorch's own
 
 
 def build(kind, training=False):
     torch.manual_seed(0)
     attn_layer = partial(Cbam, rd_channels=4, mlp_bias=kind == 'eccv18', spatial_norm=kind == 'eccv18')
     if kind == 'bottleneck':
-        block = CbamBottleneck(16, 4, attn_layer=attn_layer)
-    elif kind == 'downsample':
-        downsample = nn.Sequential(nn.Conv2d(8, 12, 1, stride=2, bias=False), nn.BatchNorm2d(12))
-        block = CbamBasicBlock(8, 12, stride=2, downsample=downsample, attn_layer=attn_layer)
+        downsample = nn.Sequential(nn.Conv2d(8, 16, 1, bias=False), nn.BatchNorm2d(16))
+        block = CbamBottleneck(8, 4, downsample=downsample, attn_layer=attn_layer)
     else:
         block = CbamBasicBlock(8, 8, attn_layer=attn_layer)
     return liven(block).double().train(training)
@@ -65,8 +63,8 @@ def build_model(kind='cbam_resnet18', training=False):
     return liven(model).double().train(training)
 
 
-def images(kind, seed=1):
-    return noise((2, 16 if kind == 'bottleneck' else 8, 5, 6), seed)
+def images(seed=1):
+    return noise((2, 8, 5, 6), seed)
 
 
 def last(block):
@@ -141,7 +139,7 @@ def node_names(out):
 @both_modes
 def test_what_is_compared(kind, training):
     """Without it the other tests could compare the plain path with itself."""
-    block, x = build(kind, training), images(kind)
+    block, x = build(kind, training), images()
     assert 'AmaxBackward0' not in node_names(block(x))
     with plain_path():
         assert 'AmaxBackward0' in node_names(block(x))
@@ -157,7 +155,7 @@ def test_first_order(kind, training, channels_last):
             inferred = block(x)
         return out, out.stride(), inferred, inferred.stride(), gradients(block, x, loss(out))
 
-    block, x = build(kind, training), images(kind)
+    block, x = build(kind, training), images()
     if channels_last:
         block, x = (t.to(memory_format=torch.channels_last) for t in (block, x))
     check(everything, block, x)
@@ -170,13 +168,13 @@ def test_first_order(kind, training, channels_last):
 @pytest.mark.parametrize('check', [gradcheck, gradgradcheck], ids=['gradcheck', 'gradgradcheck'])
 def test_numerical_derivatives(kind, training, check):
     """Random inputs are further from ties and from the zeros of ReLU than the step of the differences, 1e-6."""
-    block, x = build(kind, training), images(kind)
+    block, x = build(kind, training), images()
     assert check(lambda x, *_: block(x), inputs(block, x.requires_grad_()), fast_mode=True)
 
 
 @every_kind
 def test_numerical_derivatives_forward_mode(kind):
-    block, x = build(kind), images(kind)
+    block, x = build(kind), images()
     assert gradcheck(
         block, x.requires_grad_(), fast_mode=True, check_forward_ad=True, check_batched_grad=True,
         check_batched_forward_grad=True)
@@ -217,7 +215,7 @@ def backward_with_graph(block, x):
 def first_order_after_second(block, x):
     value = loss(block(x))
     first = gradients(block, x, value, create_graph=True, retain_graph=True)
-    second = gradients(block, x, sum(g.square().sum() for g in first))
+    second = gradients(block, x, sum(g.square().sum() for g in first), retain_graph=True)
     again = gradients(block, x, value, create_graph=True)
     value.backward()
     return first, second, again, accumulated(block, x)
@@ -302,7 +300,8 @@ SECOND_ORDER = (
 @both_modes
 @each(*SECOND_ORDER)
 def test_second_order(scenario, kind, training):
-    check(scenario, build(kind, training), images(kind))
+    beyond_batch_norm = scenario is third_derivative and training  # which has two derivatives
+    check(scenario, build(kind, training), images(), raises=RuntimeError if beyond_batch_norm else None)
 
 
 @pytest.mark.parametrize('name', ['cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_eccv18'])
@@ -313,7 +312,7 @@ def test_second_order_of_models(scenario, name, training):
 
 
 def test_second_order_channels_last():
-    block, x = (t.to(memory_format=torch.channels_last) for t in (build('basic', True), images('basic')))
+    block, x = (t.to(memory_format=torch.channels_last) for t in (build('basic', True), images()))
     check(gradient_of_each_gradient, block, x)
 
 
@@ -399,6 +398,14 @@ def func_grad_of_parameters(block, x):
     return torch.func.grad(f, argnums=tuple(range(len(params))))(*params)
 
 
+def func_grad_with_buffers(block, x):
+    def value(params, buffers):
+        buffers = {n: b.clone() for n, b in buffers.items()}
+        return loss(functional_call(block, {**params, **buffers}, (x,))), buffers
+
+    return torch.func.grad(value, has_aux=True)(dict(block.named_parameters()), dict(block.named_buffers()))
+
+
 def func_vjp(block, x):
     out, pull = torch.func.vjp(block, x)
     return out, pull(noise(out.shape))
@@ -472,17 +479,21 @@ TRANSFORMS = (
     jacobian_vectorized, jacobian_forward_mode, batched_gradients, batched_second_gradients,
     batched_gradients_with_graph, dual_input, dual_input_no_grad, dual_parameters, dual_gradient_of_eager_graph,
     func_jvp_of_eager_backward, func_vmap_of_eager_backward, autograd_jvp, autograd_vjp, func_grad,
-    func_grad_of_parameters, func_vjp, func_jvp, func_vmap, func_vmap_of_samples, func_vmap_of_ensemble, func_jacrev,
-    func_jacfwd, func_hessian, traced_forward, traced_forward_and_backward, traced_backward_of_eager_graph,
-    fake_tensors, fake_gradient_of_eager_graph)
-PLAIN_RAISES = {}
+    func_grad_of_parameters, func_grad_with_buffers, func_vjp, func_jvp, func_vmap, func_vmap_of_samples,
+    func_vmap_of_ensemble, func_jacrev, func_jacfwd, func_hessian, traced_forward, traced_forward_and_backward,
+    traced_backward_of_eager_graph, fake_tensors, fake_gradient_of_eager_graph)
+# In train mode they meet statistics which are not theirs to update.
+EVAL_ONLY = (
+    func_grad, func_grad_of_parameters, func_vjp, func_jvp, func_vmap, func_vmap_of_samples, func_vmap_of_ensemble,
+    func_jacrev, func_jacfwd, func_hessian)
 
 
 @every_kind
 @both_modes
 @each(*TRANSFORMS)
 def test_transforms(scenario, kind, training):
-    check(scenario, build(kind, training), images(kind), raises=PLAIN_RAISES.get((scenario, training)))
+    refused = training and scenario in EVAL_ONLY
+    check(scenario, build(kind, training), images(), raises=RuntimeError if refused else None)
 
 
 def compiled_backward(backend, order):
@@ -499,14 +510,15 @@ def compiled_backward(backend, order):
     return scenario
 
 
-@pytest.mark.parametrize('kind, training', [('eccv18', False), ('bottleneck', True)], ids=['eccv18', 'bottleneck'])
-@pytest.mark.parametrize('backend', ['eager', 'aot_eager'])
+@pytest.mark.parametrize(
+    'backend, kind, training', [('eager', 'eccv18', False), ('aot_eager', 'bottleneck', True)],
+    ids=['eager-eccv18', 'aot_eager-bottleneck'])
 def test_compiled_autograd(backend, kind, training):
-    check(compiled_backward(backend, 1), build(kind, training), images(kind))
+    check(compiled_backward(backend, 1), build(kind, training), images())
 
 
 def test_compiled_autograd_second_order():
-    check(compiled_backward('eager', 2), build('basic'), images('basic'))
+    check(compiled_backward('eager', 2), build('basic'), images())
 
 
 def test_compiled_autograd_by_its_setting():
@@ -517,7 +529,7 @@ def test_compiled_autograd_by_its_setting():
             torch.compile(lambda: value.backward(), backend='eager')()
         return accumulated(block, x)
 
-    check(scenario, build('basic', True), images('basic'))
+    check(scenario, build('basic', True), images())
 
 
 # ---- several losses, several forward passes
@@ -540,7 +552,7 @@ def test_losses_in_every_order(kind, training):
 
         return run
 
-    block, x = build(kind, training), images(kind)
+    block, x = build(kind, training), images()
     for order in itertools.permutations(range(3)):
         for n in range(3):
             for kept in itertools.combinations(range(3), n):
@@ -590,8 +602,9 @@ def same_input_twice(block, x):
 
 
 def block_after_itself(block, x):
-    for _ in range(3):
-        out = block(x if _ == 0 else out) if block.downsample is None else block(x)
+    out = block(x)
+    for _ in range(2):
+        out = block(out if block.downsample is None else out[:, ::2])
     return out, gradients(block, x, loss(out))
 
 
@@ -679,7 +692,7 @@ GRAPHS = (
 @both_modes
 @each(*GRAPHS)
 def test_graphs(scenario, kind, training):
-    check(scenario, build(kind, training), images(kind))
+    check(scenario, build(kind, training), images())
 
 
 @every_kind
@@ -701,7 +714,7 @@ def test_losses_on_attention_maps(gate, when, kind, training):
             'hooks_removed': [task, attention]}[when]
         return maps, [gradients(block, x, value, retain_graph=True, allow_unused=True) for value in losses]
 
-    check(scenario, build(kind, training), images(kind))
+    check(scenario, build(kind, training), images())
 
 
 @every_kind
@@ -716,7 +729,7 @@ def test_frozen_subsets(kind, training):
         group = name if module == ('bn3' if kind == 'bottleneck' else 'bn2') else (
             name.rpartition('.')[0][:10] if module == 'se' else 'downsample' if module == 'downsample' else 'early')
         groups.setdefault(group, []).append(name)
-    block, x = build(kind, training), images(kind)
+    block, x = build(kind, training), images()
 
     def scenario(wanted):
         def run(block, x):
@@ -874,7 +887,7 @@ BETWEEN = {
 @both_modes
 @each(*BETWEEN)
 def test_between_forward_and_backward(scenario, kind, training):
-    check(scenario, build(kind, training), images(kind), raises=BETWEEN[scenario])
+    check(scenario, build(kind, training), images(), raises=BETWEEN[scenario])
 
 
 @pytest.mark.parametrize('name', [
@@ -893,7 +906,7 @@ def test_tensor_changed_before_backward(name, training):
         except RuntimeError as e:
             return str(e)[:80]
 
-    check(scenario, build(kind, training), images(kind))
+    check(scenario, build(kind, training), images())
 
 
 # ---- where and how graphs run
@@ -977,7 +990,8 @@ def checkpoint_not_reentrant(block, x):
 
 def checkpoint_selective(block, x):
     def policy(ctx, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if 'convolution' in str(op) else CheckpointPolicy.PREFER_RECOMPUTE
+        of_map = 'convolution' in str(op) and args[0].shape[-1] > 2  # ReLU overwrites those of the MLP
+        return CheckpointPolicy.MUST_SAVE if of_map else CheckpointPolicy.PREFER_RECOMPUTE
 
     context_fn = partial(create_selective_checkpoint_contexts, policy)
     loss(checkpoint(block, x, use_reentrant=False, context_fn=context_fn)).backward()
@@ -1059,4 +1073,228 @@ CIRCUMSTANCES = {
 @each(*CIRCUMSTANCES)
 @pytest.mark.filterwarnings('ignore:Anomaly Detection')
 def test_circumstances(scenario, kind, training):
-    check(scenario, build(kind, training), images(kind), raises=CIRCUMSTANCES[scenario])
+    check(scenario, build(kind, training), images(), raises=CIRCUMSTANCES[scenario])
+
+
+@pytest.mark.parametrize('options', [{}, {'find_unused_parameters': True}, {'static_graph': True}], ids=str)
+@both_modes
+def test_distributed_data_parallel(options, training):
+    """One process, whose gradients DDP's hooks put into buckets."""
+    def scenario(model, x):
+        torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+        try:
+            parallel = nn.parallel.DistributedDataParallel(model, **options)
+            for seed in (2, 3):
+                loss(parallel(x), seed).backward()
+        finally:
+            torch.distributed.destroy_process_group()
+        return accumulated(model, x)
+
+    check(scenario, build_model(training=training), noise((2, 3, 32, 32)))
+
+
+def backward_under_autocast(block, x):
+    value = loss(block(x))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        return gradients(block, x, value)
+
+
+def backward_of_graph_under_autocast(block, x):
+    """The first derivative's graph is made under autocast, the second is taken outside it."""
+    value = loss(block(x))
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        first = gradients(block, x, value, create_graph=True)
+    return first, gradients(block, x, first[0].square().sum())
+
+
+@every_kind
+@both_modes
+@each(backward_under_autocast, backward_of_graph_under_autocast)
+def test_backward_under_autocast(scenario, kind, training):
+    """It is the forward pass whose precision autocast chooses."""
+    check(scenario, build(kind, training).float(), images().float(), tol=1e-4)
+
+
+# ---- numbers
+
+def offset_block(kind, training, deviations, dtype, seed):
+    """A block whose last batch-norm gets channels with means that many deviations from zero, and images for it.
+
+    What the last convolution sees as its first channel is one everywhere.
+    """
+    torch.manual_seed(seed)
+    block, x = build(kind), noise((4, 8, 9, 7), seed)
+    conv, norm = last(block)
+    before = block.bn2 if kind == 'bottleneck' else block.bn1
+    seen = []
+    handle = conv.register_forward_hook(lambda m, i, o: seen.append(o))
+    with torch.no_grad():
+        for p in block.parameters():
+            if p.ndim == 4:
+                p.copy_(noise(p.shape, 100 * seed + p.numel()) * p[0].numel() ** -0.5)
+        before.weight[0], before.bias[0] = 0, 1
+        conv.weight[:, 0] = 0
+        block(x)
+        deviation = seen.pop().std((0, 2, 3))
+        center = conv.kernel_size[0] // 2
+        conv.weight[:, 0, center, center] = deviations * deviation * noise(deviation.shape, seed).sign()
+        block(x)
+        norm.running_mean.copy_(seen[0].mean((0, 2, 3)))
+        norm.running_var.copy_(seen[0].var((0, 2, 3)))
+    handle.remove()
+    return block.train(training).to(dtype), x.to(dtype)
+
+
+PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'autocast': torch.float32}
+
+
+@pytest.mark.parametrize('deviations', [0, 1, 10, 30, 100])
+@pytest.mark.parametrize('precision', PRECISIONS)
+@both_modes
+@pytest.mark.parametrize('kind', ['basic', 'bottleneck'])
+def test_accuracy(kind, training, precision, deviations):
+    """Output, running statistics and all gradients are about as near to float64's as plain operations' are.
+
+    In the mean over random blocks, since in one block a maximum that rounding moves elsewhere decides.
+    """
+    def compute(block, x, autocast=False):
+        block, x = copy.deepcopy(block), x.clone().requires_grad_()
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+            out = block(x)
+        grad = noise(out.shape).bfloat16().to(out.dtype)
+        names = ['input', *(n for n, _ in block.named_parameters())]
+        results = dict(zip(names, gradients(block, x, out, grad_outputs=grad), strict=True))
+        results.update(('buffer ' + n, b) for n, b in block.named_buffers() if b.is_floating_point())
+        return {'output': out.detach(), **results}
+
+    def errors(actual, expected):
+        return torch.stack([(a.double() - e).norm() / e.norm() for a, e in zip(
+            actual.values(), expected.values(), strict=True)])
+
+    fused, plain, dtype = 0, 0, PRECISIONS[precision]
+    seeds = 6
+    for seed in range(seeds):
+        block, x = offset_block(kind, training, deviations, dtype, seed)
+        with plain_path():
+            expected = compute(copy.deepcopy(block).double(), x.double())
+            plain += errors(compute(block, x, precision == 'autocast'), expected) / seeds
+        fused += errors(compute(block, x, precision == 'autocast'), expected) / seeds
+    rounding = torch.finfo(torch.float32 if precision == 'float32' else torch.bfloat16).eps
+    worse = {
+        name: f'{f:.2g} where the plain path has {p:.2g}'
+        for name, f, p in zip(expected, fused.tolist(), plain.tolist(), strict=True) if not f <= 1.25 * p + rounding}
+    assert not worse
+
+
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')], ids=str)
+@pytest.mark.parametrize('position', [
+    (1, 0, 0, 0), (1, 7, 4, 5), (1, 3, 2, 3), (1, slice(None), 2, 3), (1, 2), (1,), (slice(None), 4, 1, 1)], ids=str)
+@every_kind
+@both_modes
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_not_finite(value, position, kind, training, dtype):
+    """NaN and infinities are where the plain path has them, and do not reach other samples' gradients."""
+    def scenario(block, x):
+        with torch.no_grad():
+            x[position] = value
+            inferred = block(x)
+        out = block(x)
+        g, = torch.autograd.grad(out, x, torch.ones_like(out))
+        others = g[0] if not training and position[0] == 1 else g[:0]
+        where = [(t.isnan(), t.isposinf(), t.isneginf()) for t in (out, inferred, *block.buffers())]
+        return where, others, others.isfinite().all()
+
+    block, x = build(kind, training), images()
+    error, result = outcome(scenario, block.to(dtype), x.to(dtype))
+    with plain_path():
+        plain_error, expected = outcome(scenario, block.to(dtype), x.to(dtype))
+    assert error is None and plain_error is None
+    tol = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 0.1}[dtype]
+    assert all(
+        torch.equal(a, e) if e.dtype == torch.bool else torch.allclose(a, e, tol, tol, equal_nan=True)
+        for a, e in zip(result[0], expected[0], strict=True))
+
+
+def equal_channels(block, x):
+    """Of the maps before and after the channel gate, so that all channels are the largest in each pixel."""
+    for m in (*last(block), block.se.channel.fc2):
+        for t in (*m.parameters(), *m.buffers()):
+            if t.ndim:
+                t[:] = t[:1]
+
+
+def equal_pairs_of_channels(block, x):
+    for m in (*last(block), block.se.channel.fc2):
+        for t in (*m.parameters(), *m.buffers()):
+            if t.ndim:
+                t[1::2] = t[::2]
+
+
+def equal_pixels(block, x):
+    """Convolutions see one pixel each, and these are the same in both halves."""
+    for m in block.modules():
+        if isinstance(m, nn.Conv2d) and m.kernel_size == (3, 3):
+            center = m.weight[..., 1, 1].clone()
+            m.weight.zero_()
+            m.weight[..., 1, 1] = center
+    x[..., 3:] = x[..., :3]
+
+
+def all_pixels_equal(block, x):
+    equal_pixels(block, x)
+    x[:] = x[..., :1, :1]
+
+
+def everything_equal(block, x):
+    all_pixels_equal(block, x)
+    equal_channels(block, x)
+    x[:] = 0.5
+
+
+def zero_input(block, x):
+    x.zero_()
+
+
+def zero_weight(block, x):
+    """timm's zero_init_last before its first step of training."""
+    _, norm = last(block)
+    norm.weight.zero_()
+    norm.bias.zero_()
+
+
+def zero_weight_with_bias(block, x):
+    last(block)[1].weight.zero_()
+
+
+def some_zero_weights(block, x):
+    _, norm = last(block)
+    norm.weight[::3] = 0
+    norm.weight[1::3] *= -1
+    norm.bias[:] = 0
+
+
+def zero_convolution(block, x):
+    last(block)[0].weight.zero_()
+
+
+def closed_relus(block, x):
+    """Ties of the shortcut with zero, after maps which are zero in most pixels."""
+    last(block)[1].weight.mul_(1e-3)
+    x.clamp_(max=0)
+
+
+@every_kind
+@both_modes
+@pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'channels_last'])
+@pytest.mark.parametrize('order', [1, 2])
+@each(
+    equal_channels, equal_pairs_of_channels, equal_pixels, all_pixels_equal, everything_equal, zero_input, zero_weight,
+    zero_weight_with_bias, some_zero_weights, zero_convolution, closed_relus)
+def test_ties(scenario, order, channels_last, kind, training):
+    """Of equal maxima each gets the same share of the gradient, over channels as over space."""
+    block, x = build(kind, training), images()
+    with torch.no_grad():
+        scenario(block, x)
+    if channels_last:
+        block, x = (t.to(memory_format=torch.channels_last) for t in (block, x))
+    check(gradient_of_gradients if order == 2 else lambda b, x: gradients(b, x, loss(b(x))), block, x)
