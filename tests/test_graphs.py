@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import functional, gradcheck, gradgradcheck
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import keystr, tree_flatten_with_path
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from timm_cbam import Cbam
@@ -107,7 +107,8 @@ def outcome(scenario, block, x):
         result = scenario(block, x)
     except Exception as e:
         return e, None
-    return None, tree_flatten((result, list(block.buffers())))
+    leaves, spec = tree_flatten_with_path({'': result, ' of buffers': dict(block.named_buffers())})
+    return None, ([(keystr(path), leaf) for path, leaf in leaves], spec)
 
 
 def check(scenario, block, x, raises=None, tol=1e-8):
@@ -122,7 +123,7 @@ def check(scenario, block, x, raises=None, tol=1e-8):
     if error is not None:
         raise error
     assert result[1] == expected[1]
-    wrong = [i for i, (a, e) in enumerate(zip(result[0], expected[0], strict=True)) if not is_close(a, e, tol)]
+    wrong = [name for (name, a), (_, e) in zip(result[0], expected[0], strict=True) if not is_close(a, e, tol)]
     assert not wrong, f'{len(wrong)} of {len(expected[0])} results differ: {wrong}'
 
 
@@ -323,7 +324,9 @@ def jacobian_vectorized(block, x):
 
 
 def jacobian_forward_mode(block, x):
-    return functional.jacobian(lambda x: block(x)[..., :1], x, strategy='forward-mode', vectorize=True)
+    return functional.jacobian(
+        lambda column: block(torch.cat([column, x[..., 1:]], dim=3)), x[..., :1], strategy='forward-mode',
+        vectorize=True)
 
 
 def batched_gradients(block, x):
@@ -433,7 +436,7 @@ def func_jacrev(block, x):
 
 
 def func_jacfwd(block, x):
-    return torch.func.jacfwd(lambda x: block(x)[..., :1])(x)
+    return torch.func.jacfwd(lambda column: block(torch.cat([column, x[..., 1:]], dim=3)))(x[..., :1])
 
 
 def func_hessian(block, x):
@@ -510,11 +513,8 @@ def compiled_backward(backend, order):
     return scenario
 
 
-@pytest.mark.parametrize(
-    'backend, kind, training', [('eager', 'eccv18', False), ('aot_eager', 'bottleneck', True)],
-    ids=['eager-eccv18', 'aot_eager-bottleneck'])
-def test_compiled_autograd(backend, kind, training):
-    check(compiled_backward(backend, 1), build(kind, training), images())
+def test_compiled_autograd():
+    check(compiled_backward('aot_eager', 1), build('bottleneck', True), images())
 
 
 def test_compiled_autograd_second_order():
@@ -529,7 +529,7 @@ def test_compiled_autograd_by_its_setting():
             torch.compile(lambda: value.backward(), backend='eager')()
         return accumulated(block, x)
 
-    check(scenario, build('basic', True), images())
+    check(scenario, build('eccv18', True), images())
 
 
 # ---- several losses, several forward passes
@@ -909,6 +909,86 @@ def test_tensor_changed_before_backward(name, training):
     check(scenario, build(kind, training), images())
 
 
+# ---- what does not fit
+
+def empty_batch(block, x):
+    out = block(x[:0])
+    return out, gradients(block, x, out.sum())
+
+
+def single_element(block, x):
+    return block(x[:1, :, :1, :1])
+
+
+def single_row(block, x):
+    out = block(x[:, :, :1])
+    return out, gradients(block, x, loss(out))
+
+
+def without_batch(block, x):
+    return block(x[0])
+
+
+def other_channels(block, x):
+    return block(x[:, 1:])
+
+
+def other_dtype(block, x):
+    return block(x.float())
+
+
+def integers(block, x):
+    return block(x.long())
+
+
+def meta_input(block, x):
+    return block(x.to('meta'))
+
+
+def not_a_tensor(block, x):
+    return block(x.tolist())
+
+
+def smaller_branch(block, x):
+    conv, _ = last(block)
+    conv.stride = 2
+    return block(x)
+
+
+def broadcast_shortcut(block, x):
+    block.downsample = nn.Sequential(nn.AdaptiveAvgPool2d(1), *(block.downsample or ()))
+    if block.training:
+        block.downsample.eval()
+    out = block(x)
+    return out, gradients(block, x, loss(out))
+
+
+def single_precision_shortcut(block, x):
+    class Single(nn.Module):
+        def forward(self, x):
+            return x.float()
+
+    block.downsample = nn.Sequential(*(block.downsample or ()), Single())
+    out = block(x)
+    return out, gradients(block, x, loss(out))
+
+
+MISFITS = {
+    empty_batch: None, single_element: ValueError, single_row: None, without_batch: ValueError,
+    other_channels: RuntimeError, other_dtype: RuntimeError, integers: RuntimeError, meta_input: RuntimeError,
+    not_a_tensor: TypeError, smaller_branch: RuntimeError, broadcast_shortcut: None, single_precision_shortcut: None}
+
+
+@every_kind
+@both_modes
+@each(*MISFITS)
+def test_misfits(scenario, kind, training):
+    raises = MISFITS[scenario]
+    if scenario is single_element and not training:
+        raises = None
+    check(scenario, build(kind, training), images(), raises=raises, tol=1e-6)
+
+
 # ---- where and how graphs run
 
 def backward_in_another_thread(block, x):
@@ -1032,7 +1112,7 @@ def anomaly_mode_infinite(block, x):
 def inference_mode_then_training(block, x):
     with torch.inference_mode():
         before = block(x)
-    return before.clone(), gradients(block, x, loss(block(x)))
+    return before.is_inference(), before.clone(), gradients(block, x, loss(block(x)))
 
 
 def inference_input_in_graph(block, x):
@@ -1148,11 +1228,12 @@ def offset_block(kind, training, deviations, dtype, seed):
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'autocast': torch.float32}
 
 
-@pytest.mark.parametrize('deviations', [0, 1, 10, 30, 100])
-@pytest.mark.parametrize('precision', PRECISIONS)
+@pytest.mark.parametrize('precision, deviations', [
+    *itertools.product(['float32', 'bfloat16'], [0, 1, 10, 30, 100]), ('autocast', 0), ('autocast', 30)])
 @both_modes
-@pytest.mark.parametrize('kind', ['basic', 'bottleneck'])
-def test_accuracy(kind, training, precision, deviations):
+@pytest.mark.parametrize('kind, memory_format', [
+    ('basic', torch.contiguous_format), ('bottleneck', torch.channels_last)], ids=['basic', 'bottleneck-channels_last'])
+def test_accuracy(kind, memory_format, training, precision, deviations):
     """Output, running statistics and all gradients are about as near to float64's as plain operations' are.
 
     In the mean over random blocks, since in one block a maximum that rounding moves elsewhere decides.
@@ -1161,25 +1242,23 @@ def test_accuracy(kind, training, precision, deviations):
         block, x = copy.deepcopy(block), x.clone().requires_grad_()
         with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
             out = block(x)
-        grad = noise(out.shape).bfloat16().to(out.dtype)
         names = ['input', *(n for n, _ in block.named_parameters())]
-        results = dict(zip(names, gradients(block, x, out, grad_outputs=grad), strict=True))
-        results.update(('buffer ' + n, b) for n, b in block.named_buffers() if b.is_floating_point())
-        return {'output': out.detach(), **results}
+        grads = gradients(block, x, out, grad_outputs=noise(out.shape).bfloat16().to(out.dtype))
+        buffers = {f'buffer {n}': b for n, b in block.named_buffers() if b.is_floating_point()}
+        return {'output': out.detach(), **dict(zip(names, grads, strict=True)), **buffers}
 
     def errors(actual, expected):
-        return torch.stack([(a.double() - e).norm() / e.norm() for a, e in zip(
-            actual.values(), expected.values(), strict=True)])
+        return torch.stack([(actual[n].double() - e).norm() / e.norm() for n, e in expected.items()])
 
-    fused, plain, dtype = 0, 0, PRECISIONS[precision]
-    seeds = 6
+    fused, plain, seeds = 0, 0, 6
     for seed in range(seeds):
-        block, x = offset_block(kind, training, deviations, dtype, seed)
+        block, x = (t.to(memory_format=memory_format) for t in offset_block(
+            kind, training, deviations, PRECISIONS[precision], seed))
         with plain_path():
             expected = compute(copy.deepcopy(block).double(), x.double())
             plain += errors(compute(block, x, precision == 'autocast'), expected) / seeds
         fused += errors(compute(block, x, precision == 'autocast'), expected) / seeds
-    rounding = torch.finfo(torch.float32 if precision == 'float32' else torch.bfloat16).eps
+    rounding = 4 * torch.finfo(torch.float32).eps if precision == 'float32' else torch.finfo(torch.bfloat16).eps
     worse = {
         name: f'{f:.2g} where the plain path has {p:.2g}'
         for name, f, p in zip(expected, fused.tolist(), plain.tolist(), strict=True) if not f <= 1.25 * p + rounding}
@@ -1187,32 +1266,33 @@ def test_accuracy(kind, training, precision, deviations):
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')], ids=str)
-@pytest.mark.parametrize('position', [
-    (1, 0, 0, 0), (1, 7, 4, 5), (1, 3, 2, 3), (1, slice(None), 2, 3), (1, 2), (1,), (slice(None), 4, 1, 1)], ids=str)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @every_kind
 @both_modes
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_not_finite(value, position, kind, training, dtype):
+def test_not_finite(value, dtype, kind, training):
     """NaN and infinities are where the plain path has them, and do not reach other samples' gradients."""
-    def scenario(block, x):
-        with torch.no_grad():
-            x[position] = value
-            inferred = block(x)
-        out = block(x)
-        g, = torch.autograd.grad(out, x, torch.ones_like(out))
-        others = g[0] if not training and position[0] == 1 else g[:0]
-        where = [(t.isnan(), t.isposinf(), t.isneginf()) for t in (out, inferred, *block.buffers())]
-        return where, others, others.isfinite().all()
+    def scenario(position):
+        def run(block, x):
+            with torch.no_grad():
+                x[position] = value
+                inferred = copy.deepcopy(block)(x)
+            out = block(x)
+            others, = torch.autograd.grad(out, x, torch.ones_like(out))
+            if training or position[0] != 1:
+                others = others[:0]
+            else:
+                others = others[:1]
+            where = [(t.isnan(), t.isposinf(), t.isneginf()) for t in (out, inferred, *block.buffers())]
+            for b in block.buffers():
+                b.nan_to_num_(0, 0, 0)
+            return where, others, others.isfinite().all()
 
-    block, x = build(kind, training), images()
-    error, result = outcome(scenario, block.to(dtype), x.to(dtype))
-    with plain_path():
-        plain_error, expected = outcome(scenario, block.to(dtype), x.to(dtype))
-    assert error is None and plain_error is None
-    tol = {torch.float32: 1e-4, torch.float64: 1e-8, torch.bfloat16: 0.1}[dtype]
-    assert all(
-        torch.equal(a, e) if e.dtype == torch.bool else torch.allclose(a, e, tol, tol, equal_nan=True)
-        for a, e in zip(result[0], expected[0], strict=True))
+        return run
+
+    block, x = build(kind, training).to(dtype), images().to(dtype)
+    rows = slice(None)
+    for position in ((1, 0, 0, 0), (1, 7, 4, 5), (1, rows, 2, 3), (1, 2), (1,), (rows, 4, 1, 1)):
+        check(scenario(position), block, x, tol=1e-4 if dtype == torch.float32 else 0.05)
 
 
 def equal_channels(block, x):
@@ -1285,8 +1365,8 @@ def closed_relus(block, x):
 
 @every_kind
 @both_modes
-@pytest.mark.parametrize('channels_last', [False, True], ids=['nchw', 'channels_last'])
-@pytest.mark.parametrize('order', [1, 2])
+@pytest.mark.parametrize('order, channels_last', [(1, False), (1, True), (2, False)], ids=[
+    'first-nchw', 'first-channels_last', 'second-nchw'])
 @each(
     equal_channels, equal_pairs_of_channels, equal_pixels, all_pixels_equal, everything_equal, zero_input, zero_weight,
     zero_weight_with_bias, some_zero_weights, zero_convolution, closed_relus)
