@@ -99,6 +99,10 @@ def is_close(actual, expected, tol):
     return bool((actual - expected).norm() <= tol * (expected.norm() + 1e-3))
 
 
+def strings(result):
+    return [leaf for _, leaf in result[0] if isinstance(leaf, str)] or f'{len(result[0])} results'
+
+
 def outcome(scenario, block, x):
     block = copy.deepcopy(block)
     x = x.detach().clone().requires_grad_()
@@ -122,9 +126,9 @@ def check(scenario, block, x, raises=None, tol=1e-8):
         return
     if error is not None:
         raise error
-    assert result[1] == expected[1]
+    assert result[1] == expected[1], f'{strings(result)} where the plain path has {strings(expected)}'
     wrong = [name for (name, a), (_, e) in zip(result[0], expected[0], strict=True) if not is_close(a, e, tol)]
-    assert not wrong, f'{len(wrong)} of {len(expected[0])} results differ: {wrong}'
+    assert not wrong, f'{len(wrong)} of {len(expected[0])} results differ: {", ".join(wrong[:10])}'
 
 
 def node_names(out):
@@ -1203,7 +1207,7 @@ def offset_block(kind, training, deviations, dtype, seed):
     What the last convolution sees as its first channel is one everywhere.
     """
     torch.manual_seed(seed)
-    block, x = build(kind), noise((4, 8, 9, 7), seed)
+    block, x = build(kind), noise((16, 8, 9, 7), seed)
     conv, norm = last(block)
     before = block.bn2 if kind == 'bottleneck' else block.bn1
     seen = []
@@ -1228,6 +1232,35 @@ def offset_block(kind, training, deviations, dtype, seed):
 PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'autocast': torch.float32}
 
 
+def errors_by_path(block, x, autocast):
+    """Relative errors of output, gradients and buffers by name, of the fused and of the plain path.
+
+    The reference in float64 gets the map that the last convolution gives in the lower precision, because what that has
+    rounded away before would hide all that the tail does.
+    """
+    def compute(block, x, hook=None):
+        block, x = copy.deepcopy(block), x.clone().requires_grad_()
+        if hook is not None:
+            last(block)[0].register_forward_hook(hook)
+        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
+            out = block(x)
+        names = ['input', *(n for n, _ in block.named_parameters())]
+        grads = gradients(block, x, out, grad_outputs=noise(out.shape).bfloat16().to(out.dtype))
+        buffers = {f'buffer {n}': b for n, b in block.named_buffers() if b.is_floating_point()}
+        return {'output': out.detach(), **dict(zip(names, grads, strict=True)), **buffers}
+
+    maps = []
+    fused = compute(block, x)
+    with plain_path():
+        plain = compute(block, x, lambda m, i, o: maps.append(o.detach().double()))
+        exact = compute(copy.deepcopy(block).double(), x.double(), lambda m, i, o: o + (maps[0] - o).detach())
+    constant = ('bn2' if hasattr(block, 'conv3') else 'bn1') + '.'
+    for name, e in exact.items():
+        # of the constant channel, one number is rounding alone
+        own = slice(1, None) if name.startswith(constant) else slice(None)
+        yield name, *(((t[name].double() - e)[own].norm() / e[own].norm()).clamp(min=1e-12) for t in (fused, plain))
+
+
 @pytest.mark.parametrize('precision, deviations', [
     *itertools.product(['float32', 'bfloat16'], [0, 1, 10, 30, 100]), ('autocast', 0), ('autocast', 30)])
 @both_modes
@@ -1236,32 +1269,21 @@ PRECISIONS = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'autocast': 
 def test_accuracy(kind, memory_format, training, precision, deviations):
     """Output, running statistics and all gradients are about as near to float64's as plain operations' are.
 
-    In the mean over random blocks, since in one block a maximum that rounding moves elsewhere decides.
+    In the geometric mean over random blocks, since in one block a maximum that rounding moves elsewhere decides. What
+    computes the tail in the next higher precision stays well within these bounds, with any eight blocks.
     """
-    def compute(block, x, autocast=False):
-        block, x = copy.deepcopy(block), x.clone().requires_grad_()
-        with torch.autocast('cpu', dtype=torch.bfloat16, enabled=autocast):
-            out = block(x)
-        names = ['input', *(n for n, _ in block.named_parameters())]
-        grads = gradients(block, x, out, grad_outputs=noise(out.shape).bfloat16().to(out.dtype))
-        buffers = {f'buffer {n}': b for n, b in block.named_buffers() if b.is_floating_point()}
-        return {'output': out.detach(), **dict(zip(names, grads, strict=True)), **buffers}
-
-    def errors(actual, expected):
-        return torch.stack([(actual[n].double() - e).norm() / e.norm() for n, e in expected.items()])
-
-    fused, plain, seeds = 0, 0, 6
-    for seed in range(seeds):
+    errors = []
+    for seed in range(8):
         block, x = (t.to(memory_format=memory_format) for t in offset_block(
             kind, training, deviations, PRECISIONS[precision], seed))
-        with plain_path():
-            expected = compute(copy.deepcopy(block).double(), x.double())
-            plain += errors(compute(block, x, precision == 'autocast'), expected) / seeds
-        fused += errors(compute(block, x, precision == 'autocast'), expected) / seeds
+        errors.append(list(errors_by_path(block, x, precision == 'autocast')))
     rounding = 4 * torch.finfo(torch.float32).eps if precision == 'float32' else torch.finfo(torch.bfloat16).eps
-    worse = {
-        name: f'{f:.2g} where the plain path has {p:.2g}'
-        for name, f, p in zip(expected, fused.tolist(), plain.tolist(), strict=True) if not f <= 1.25 * p + rounding}
+    worse = []
+    for of_name in zip(*errors, strict=True):
+        name = of_name[0][0]
+        fused, plain = torch.tensor([e[1:] for e in of_name]).log().mean(0).exp().tolist()
+        if not fused <= 1.25 * plain + (rounding / 4 if name == 'output' else rounding):
+            worse.append(f'{name}: {fused:.2g} where the plain path has {plain:.2g}')
     assert not worse
 
 
