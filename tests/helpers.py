@@ -6,7 +6,6 @@ import subprocess
 import sys
 import textwrap
 from contextlib import contextmanager
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -71,20 +70,8 @@ def liven(model):
 def plain_path():
     """Blocks run module by module, as timm's do."""
     with pytest.MonkeyPatch.context() as patch:
-        if find_spec('timm_cbam.fusion'):
-            patch.setattr('timm_cbam.fusion.FUSED', False)
-        else:  # before the operator of issue 12
-            patch.setattr('timm_cbam.cbam_resnet.is_fusable', lambda x: False)
+        patch.setattr('timm_cbam.fusion.FUSED', False)
         yield
-
-
-def fuses(block, x):
-    """Whether a block would run fused on x. A comparison with the plain path proves nothing about one that does not."""
-    if find_spec('timm_cbam.fusion'):
-        from timm_cbam.fusion import fuses
-        return fuses(block, x)
-    from timm_cbam.cbam_resnet import _fuses  # before the operator of issue 12
-    return _fuses(x, block, block.bn3 if hasattr(block, 'bn3') else block.bn2)
 
 
 def relative_error(actual, expected):

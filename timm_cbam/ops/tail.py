@@ -57,8 +57,8 @@ class Tail(NamedTuple):
 
 class Results(NamedTuple):
     """What the forward pass leaves for the backward pass, in the dtype of accumulation."""
-    stats: torch.Tensor  # (2, C) mean and (biased) variance of the batch-norm
-    bn_stats: torch.Tensor  # (2, 1) of the spatial attention's
+    stats: torch.Tensor  # (3, C) mean and (biased) variance of the batch-norm, and its bias, which may change later
+    bn_stats: torch.Tensor  # (3, 1) of the spatial attention's
     space: torch.Tensor  # (3, B, C) average, maximum and minimum of x over space
     hidden: torch.Tensor  # (2, B, R) of the MLP before its activation, for average and maximum
     mc: torch.Tensor  # (B, C)
@@ -86,7 +86,7 @@ def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
 
 def result_shapes(x: torch.Tensor, p: Tail) -> Tuple[Tuple[int, ...], ...]:
     b, c, h, w = x.shape
-    return (2, c), (2, 1), (3, b, c), (2, b, p.fc1_weight.shape[0]), (b, c), (b, 2, h, w), (b, 1, h, w)
+    return (3, c), (3, 1), (3, b, c), (2, b, p.fc1_weight.shape[0]), (b, c), (b, 2, h, w), (b, 1, h, w)
 
 
 def dense(t: torch.Tensor, x: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -131,6 +131,9 @@ def _implementation(x: torch.Tensor) -> ModuleType:
 
         return tail_triton
     return tail_torch
+
+
+_BIASES = tuple(Tail._fields.index(name) for name in ('bias', 'fc1_bias', 'fc2_bias', 'bn_bias'))
 
 
 # ---- the operator as PyTorch's dispatcher, autograd and compiler know it
@@ -195,14 +198,14 @@ def _nothing(*args):
 
 def _setup_context(ctx, inputs, output):
     x, shortcut, *parameters = inputs
-    p = Tail(*parameters)
     out, *results = output
     ctx.mark_non_differentiable(*results)
     ctx.set_materialize_grads(False)
-    # The running statistics may change until the backward pass, those of this call are among the results.
-    tensors = p._replace(mean=None, var=None, bn_mean=None, bn_var=None)[:14]
-    ctx.save_for_backward(x, out, *tensors, *results)
-    ctx.flags = p[14:]
+    # As in the plain operations, a bias may be written to before the backward pass: its values are among the results. The
+    # running statistics may not, but only by the user.
+    ctx.save_for_backward(x, out, *(t for i, t in enumerate(parameters[:14]) if i not in _BIASES), *results)
+    ctx.biases = [parameters[i] for i in _BIASES]
+    ctx.flags = parameters[14:]
 
 
 def _is_transformed(grad: torch.Tensor) -> bool:
@@ -217,8 +220,13 @@ def _is_transformed(grad: torch.Tensor) -> bool:
         or torch.autograd.forward_ad._current_level >= 0)
 
 
-def _differentiate_reference(ctx, grad, x, out, p: Tail) -> List[Optional[torch.Tensor]]:
+def _differentiate_reference(ctx, grad, x, out, p: Tail, r: Results) -> List[Optional[torch.Tensor]]:
     """Gradients in the order of the operator's arguments, by autograd"""
+    mean, var, _ = r.stats.to(p.weight.dtype)
+    p = p._replace(mean=mean, var=var)
+    if p.bn_weight is not None:
+        bn_mean, bn_var, _ = r.bn_stats.to(p.bn_weight.dtype)
+        p = p._replace(bn_mean=bn_mean, bn_var=bn_var)
     inputs = (x, None, *p[:14])
     wanted = [i for i, (t, needed) in enumerate(zip(inputs, ctx.needs_input_grad, strict=False)) if needed and i != 1]
     g = torch.where(out <= 0, 0, grad)
@@ -237,24 +245,21 @@ def _differentiate_reference(ctx, grad, x, out, p: Tail) -> List[Optional[torch.
 
 
 def _autograd_backward(ctx, grad, *_):
-    x, out, *tensors = ctx.saved_tensors
-    parameters, results = tensors[:14], tensors[14:]
-    p = Tail(*parameters, *ctx.flags)
-    stats, bn_stats = (t.to(w.dtype) for t, w in ((results[0], p.weight), (results[1], p.weight)))
-    p = p._replace(mean=stats[0], var=stats[1])
-    if p.bn_weight is not None:
-        p = p._replace(bn_mean=bn_stats[0], bn_var=bn_stats[1])
     if grad is None:
         return (None,) * 20
+    x, out, *saved = ctx.saved_tensors
+    tensors, results = saved[:14 - len(_BIASES)], Results(*saved[14 - len(_BIASES):])
+    for i, bias in zip(_BIASES, ctx.biases, strict=True):
+        tensors.insert(i, bias)
+    p = Tail(*tensors, *ctx.flags)
     if _is_transformed(grad):
-        return tuple(_differentiate_reference(ctx, grad, x, out, p))
+        return tuple(_differentiate_reference(ctx, grad, x, out, p, results))
     d = Gradients(*torch.ops.timm_cbam.tail_backward(grad, x, out, *p, results))
-    bn_weight, bn_bias = d.bn.split(1) if p.bn_weight is not None else (None, None)
-    gradients = [
+    bn_weight, bn_bias = (None, None) if p.bn_weight is None else d.bn.split(1)
+    found = (
         d.weight, d.bias, None, None, d.fc1_weight, d.fc1_bias, d.fc2_weight, d.fc2_bias, d.conv_weight, bn_weight,
-        bn_bias]
-    gradients = [
-        None if t is None or g is None else g.to(t.dtype) for g, t in zip(gradients, parameters, strict=False)]
+        bn_bias)
+    gradients = [None if t is None or g is None else g.to(t.dtype) for g, t in zip(found, p, strict=False)]
     return d.x, d.shortcut, *gradients, *(None,) * 7
 
 
@@ -278,8 +283,9 @@ _LIBRARY = None if hasattr(torch.ops.timm_cbam, 'tail') else _define()
 
 
 def _update(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
-    """In double, as PyTorch does"""
-    running.copy_(momentum * value.double() + (1 - momentum) * running.double())
+    """In double and unseen by autograd, as PyTorch does"""
+    new = momentum * value.double() + (1 - momentum) * running.double()
+    (running if torch.compiler.is_compiling() else running.data).copy_(new)
 
 
 @torch.no_grad()

@@ -120,8 +120,8 @@ struct Args {
     void* out;
     const void *weight, *bias;
     void *mean, *var;  // (C,) of the batch-norm, computed here if collect
-    const void *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight, *bn_bias;
-    void *bn_stats;      // (2,) mean and variance of the spatial batch-norm, computed here in training
+    const void *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight;
+    void *bn_stats;      // (3,) mean and variance, computed here in training, and bias of the spatial batch-norm
     const void* factor;  // (B,) of the branch, stochastic depth
     // results that the backward pass needs
     void *space;   // (3, B, C) average, maximum and minimum of x over space
@@ -140,7 +140,7 @@ template <class T, class A, bool CL>
 struct Tail {
     const Args& a;
     const i64 B, C, H, W, P, HID, K, Q;
-    const A *weight, *bias, *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight, *bn_bias, *factor;
+    const A *weight, *bias, *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight, *factor;
     A *mean, *var, *bn_stats, *avg, *maximum, *minimum, *hidden, *mc, *pooled, *conv;
     std::unique_ptr<A[]> memory;
     A *scale, *shift, *invstd;
@@ -151,7 +151,7 @@ struct Tail {
         auto small = [](const void* p) { return static_cast<const A*>(p); };
         weight = small(a.weight), bias = small(a.bias);
         fc1 = small(a.fc1), fc1_bias = small(a.fc1_bias), fc2 = small(a.fc2), fc2_bias = small(a.fc2_bias);
-        kernel = small(a.kernel), bn_weight = small(a.bn_weight), bn_bias = small(a.bn_bias), factor = small(a.factor);
+        kernel = small(a.kernel), bn_weight = small(a.bn_weight), factor = small(a.factor);
         mean = static_cast<A*>(a.mean), var = static_cast<A*>(a.var), bn_stats = static_cast<A*>(a.bn_stats);
         avg = static_cast<A*>(a.space), maximum = avg + B * C, minimum = maximum + B * C;
         hidden = static_cast<A*>(a.hidden), mc = static_cast<A*>(a.mc);
@@ -478,7 +478,7 @@ struct Tail {
         const A* R z = conv + b * P;
         const A f = factor ? factor[b] : A(1);
         if (bn_weight) {
-            const A m = bn_stats[0], k = bn_invstd() * bn_weight[0], d = bn_bias[0];
+            const A m = bn_stats[0], k = bn_invstd() * bn_weight[0], d = bn_stats[2];
 #pragma omp simd
             for (i64 p = 0; p < P; p++) ms[p] = sigmoid(mad(z[p] - m, k, d)) * f;
         } else {
@@ -629,7 +629,7 @@ struct Tail {
             A *R dms = px.dms + b * P;
             const A* R z = conv + b * P;
             const A m = bn_weight ? bn_stats[0] : A(0), k = bn_weight ? bn_invstd() * bn_weight[0] : A(1);
-            const A d = bn_weight ? bn_bias[0] : A(0);
+            const A d = bn_weight ? bn_stats[2] : A(0);
 #pragma omp simd
             for (i64 p = 0; p < P; p++) {
                 const A gate = sigmoid(mad(z[p] - m, k, d));

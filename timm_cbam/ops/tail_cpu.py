@@ -25,7 +25,7 @@ class _Args(ctypes.Structure):
         *((name, ctypes.c_double) for name in ('eps', 'bn_eps')),
         *((name, ctypes.c_void_p) for name in (
             'x', 'shortcut', 'out', 'weight', 'bias', 'mean', 'var', 'fc1', 'fc1_bias', 'fc2', 'fc2_bias', 'kernel',
-            'bn_weight', 'bn_bias', 'bn_stats', 'factor', 'space', 'hidden', 'mc', 'pooled', 'conv', 'grad', 'g', 'dx',
+            'bn_weight', 'bn_stats', 'factor', 'space', 'hidden', 'mc', 'pooled', 'conv', 'grad', 'g', 'dx',
             'dweight', 'dbias', 'dfc1', 'dfc1_bias', 'dfc2', 'dfc2_bias', 'dkernel', 'dbn')),
     ]
 
@@ -47,8 +47,8 @@ class _Call:
             p.training and p.weight.dtype == torch.bfloat16, p.eps, p.bn_eps)
         self.set(
             x=x, **{name: self.small(t) for name, t in dict(
-                weight=p.weight, bias=p.bias, fc1=p.fc1_weight, fc1_bias=p.fc1_bias, fc2=p.fc2_weight,
-                fc2_bias=p.fc2_bias, kernel=p.conv_weight, bn_weight=p.bn_weight, bn_bias=p.bn_bias,
+                weight=p.weight, fc1=p.fc1_weight, fc1_bias=p.fc1_bias, fc2=p.fc2_weight,
+                fc2_bias=p.fc2_bias, kernel=p.conv_weight, bn_weight=p.bn_weight,
                 factor=p.factor).items()})
 
     def small(self, t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -62,7 +62,7 @@ class _Call:
 
     def set_results(self, r: Results) -> None:
         self.set(
-            mean=r.stats[0], var=r.stats[1], bn_stats=r.bn_stats, space=r.space, hidden=r.hidden, mc=r.mc,
+            mean=r.stats[0], var=r.stats[1], bias=r.stats[2], bn_stats=r.bn_stats, space=r.space, hidden=r.hidden, mc=r.mc,
             pooled=r.pooled, conv=r.conv)
 
     def run(self, name: str, *args: Any) -> None:
@@ -80,16 +80,19 @@ def _scratch(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list:
 def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail) -> Results:
     call = _Call(x, p)
     r = Results(*(x.new_empty(shape, dtype=call.dtype) for shape in result_shapes(x, p)))
+    r.stats[2] = p.bias
     if not p.training:
         r.stats[0] = p.mean
         r.stats[1] = p.var
     elif x.is_contiguous() and x.dtype != torch.bfloat16:
         call.args.collect = 1
     else:  # PyTorch's own statistics, which are then the same in all bits
-        r.stats[0], r.stats[1] = torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)
-    if p.bn_weight is not None and not p.bn_training:
-        r.bn_stats[0] = p.bn_mean
-        r.bn_stats[1] = p.bn_var
+        r.stats[0], r.stats[1] = torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2]
+    if p.bn_weight is not None:
+        r.bn_stats[2] = p.bn_bias
+        if not p.bn_training:
+            r.bn_stats[0] = p.bn_mean
+            r.bn_stats[1] = p.bn_var
     call.set_results(r)
     call.set(shortcut=dense(shortcut, x), out=out)
     call.run('cbam_forward')
@@ -99,9 +102,9 @@ def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail)
 def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
     call = _Call(x, p)
     call.set_results(Results(*_scratch(result_shapes(x, p), call.dtype)))
-    call.set(shortcut=dense(shortcut, x), out=x, mean=call.small(p.mean), var=call.small(p.var))
+    call.set(shortcut=dense(shortcut, x), out=x, mean=call.small(p.mean), var=call.small(p.var), bias=call.small(p.bias))
     if p.bn_weight is not None:
-        call.set(bn_stats=torch.cat([call.small(p.bn_mean), call.small(p.bn_var)]))
+        call.set(bn_stats=torch.cat([call.small(t) for t in (p.bn_mean, p.bn_var, p.bn_bias)]))
     call.run('cbam_forward')
 
 

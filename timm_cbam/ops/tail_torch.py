@@ -27,12 +27,12 @@ class Norm(NamedTuple):
 
 
 def _norm(stats: torch.Tensor, p: Tail) -> Norm:
-    mean, var = stats
+    mean, var, bias = stats
     if p.training:  # in double, and then of the parameters' dtype: as PyTorch
         invstd = (1 / (var.double() + p.eps).sqrt()).to(p.weight.dtype).to(stats.dtype)
     else:
         invstd = 1 / (var + p.eps).sqrt()
-    return Norm(mean, invstd, invstd * p.weight.to(stats.dtype), p.bias.to(stats.dtype))
+    return Norm(mean, invstd, invstd * p.weight.to(stats.dtype), bias)
 
 
 def _normalize(x: torch.Tensor, n: Norm, out: torch.Tensor) -> torch.Tensor:
@@ -73,7 +73,7 @@ class Steps:
 
     @staticmethod
     def pool_space(x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Statistics of the batch-norm, (2, C), and average, maximum and minimum of x over space, (3, B, C)."""
+        """Mean and variance of the batch-norm, (2, C), and average, maximum and minimum of x over space, (3, B, C)."""
         if p.training:
             stats = torch.stack(torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2])
         else:
@@ -174,7 +174,7 @@ def _spatial_gate(conv: torch.Tensor, bn_stats: torch.Tensor, p: Tail) -> Tuple[
         return conv.sigmoid(), conv, conv.new_ones(1)
     invstd = (bn_stats[1] + p.bn_eps).rsqrt()
     normal = (conv - bn_stats[0]) * invstd
-    return (normal * p.bn_weight.to(conv.dtype) + p.bn_bias.to(conv.dtype)).sigmoid(), normal, invstd
+    return (normal * p.bn_weight.to(conv.dtype) + bn_stats[2]).sigmoid(), normal, invstd
 
 
 def _matrices(p: Tail, dtype: torch.dtype):
@@ -187,18 +187,17 @@ def forward(
         x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail, steps: Type[Steps] = Steps) -> Results:
     dtype = accumulation_dtype(x)
     stats, space = steps.pool_space(x, p, dtype)
+    stats = torch.cat([stats, p.bias.to(dtype)[None]])
     n = _norm(stats, p)
     w0, b0, w1, b1 = _matrices(p, dtype)
     hidden = F.linear(_pooled(n, space), w0, b0)
     mc = F.linear(hidden.relu().sum(0), w1, None if b1 is None else 2 * b1).sigmoid()
     pooled = steps.pool_channels(x, n, mc, out)
     conv = F.conv2d(pooled, p.conv_weight.to(dtype), padding=p.conv_weight.shape[-1] // 2)
-    if p.bn_training:
-        bn_stats = torch.stack([conv.mean((0, 2, 3)), conv.var((0, 2, 3), correction=0)])
-    elif p.bn_weight is not None:
-        bn_stats = torch.stack([p.bn_mean, p.bn_var]).to(dtype)
-    else:
-        bn_stats = conv.new_empty(2, 1)
+    bn_stats = conv.new_zeros(3, 1)
+    if p.bn_weight is not None:
+        mean, var = (conv.mean(), conv.var(correction=0)) if p.bn_training else (p.bn_mean, p.bn_var)
+        bn_stats[0], bn_stats[1], bn_stats[2] = mean, var, p.bn_bias
     ms, _, _ = _spatial_gate(conv, bn_stats, p)
     if p.factor is not None:
         ms = ms * p.factor
