@@ -9,10 +9,10 @@ import timm
 import torch
 import torch.nn.functional as F
 from helpers import fail, liven, relative_error, run
+from timm_cbam.ops.compiled import channel_factors
 from torch.utils.checkpoint import checkpoint
 
 from timm_cbam.ops import cbam_residual, cbam_residual_ref
-from timm_cbam.ops.compiled import channel_factors
 
 GRADIENTS = ('x', 'shortcut', 'weight', 'bias', 'w0', 'w1', 'kernel')
 

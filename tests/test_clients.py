@@ -9,9 +9,11 @@ import pytest
 import timm
 import torch
 import torchinfo
-from helpers import fuses, liven, plain_path, relative_error
+from helpers import liven, plain_path, relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+
+from timm_cbam.fusion import fuses
 
 NAMES = ('cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_eccv18')
 

@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from helpers import fuses, liven, plain_path
+from helpers import liven, plain_path
 from timm.layers import DropPath, LayerScale2d
 from torch import nn
 from torch.func import functional_call
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_cbam import Cbam
 from timm_cbam.cbam_resnet import CbamBasicBlock, CbamBottleneck
+from timm_cbam.fusion import fuses
 from timm_cbam.layers import ChannelAttention, SpatialAttention
 
 # ---- blocks, and what running one leaves behind

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 from helpers import run
+from timm_cbam.ops.cbam_residual import ChannelPoolFn, GateAddFn, SpatialPoolFn
 
 from timm_cbam.ops import cbam_residual_ref
-from timm_cbam.ops.cbam_residual import ChannelPoolFn, GateAddFn, SpatialPoolFn
 
 pytest.importorskip('triton')
 
