@@ -118,10 +118,11 @@ struct Args {
     double eps, bn_eps;
     const void *x, *shortcut;
     void* out;
-    const void *weight, *bias;
     void *mean, *var;  // (C,) of the batch-norm, computed here if collect
-    const void *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight;
-    void *bn_stats;      // (3,) mean and variance, computed here in training, and bias of the spatial batch-norm
+    const void *weight, *bias;
+    const void* slope;  // weight, or what has become of it before the backward pass: the factor of gradients
+    const void *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_slope;
+    void *bn_stats;      // (4,) mean and variance, computed here in training, weight and bias of the spatial batch-norm
     const void* factor;  // (B,) of the branch, stochastic depth
     // results that the backward pass needs
     void *space;   // (3, B, C) average, maximum and minimum of x over space
@@ -140,7 +141,7 @@ template <class T, class A, bool CL>
 struct Tail {
     const Args& a;
     const i64 B, C, H, W, P, HID, K, Q;
-    const A *weight, *bias, *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight, *factor;
+    const A *weight, *bias, *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_slope, *factor, *slope;
     A *mean, *var, *bn_stats, *avg, *maximum, *minimum, *hidden, *mc, *pooled, *conv;
     std::unique_ptr<A[]> memory;
     A *scale, *shift, *invstd;
@@ -151,7 +152,7 @@ struct Tail {
         auto small = [](const void* p) { return static_cast<const A*>(p); };
         weight = small(a.weight), bias = small(a.bias);
         fc1 = small(a.fc1), fc1_bias = small(a.fc1_bias), fc2 = small(a.fc2), fc2_bias = small(a.fc2_bias);
-        kernel = small(a.kernel), bn_weight = small(a.bn_weight), factor = small(a.factor);
+        kernel = small(a.kernel), bn_slope = small(a.bn_slope), slope = small(a.slope), factor = small(a.factor);
         mean = static_cast<A*>(a.mean), var = static_cast<A*>(a.var), bn_stats = static_cast<A*>(a.bn_stats);
         avg = static_cast<A*>(a.space), maximum = avg + B * C, minimum = maximum + B * C;
         hidden = static_cast<A*>(a.hidden), mc = static_cast<A*>(a.mc);
@@ -477,8 +478,8 @@ struct Tail {
     void spatial_gate(i64 b, A* R ms) const {
         const A* R z = conv + b * P;
         const A f = factor ? factor[b] : A(1);
-        if (bn_weight) {
-            const A m = bn_stats[0], k = bn_invstd() * bn_weight[0], d = bn_stats[2];
+        if (bn_slope) {
+            const A m = bn_stats[0], k = bn_invstd() * bn_stats[2], d = bn_stats[3];
 #pragma omp simd
             for (i64 p = 0; p < P; p++) ms[p] = sigmoid(mad(z[p] - m, k, d)) * f;
         } else {
@@ -628,8 +629,8 @@ struct Tail {
             const A f = factor ? factor[b] : A(1);
             A *R dms = px.dms + b * P;
             const A* R z = conv + b * P;
-            const A m = bn_weight ? bn_stats[0] : A(0), k = bn_weight ? bn_invstd() * bn_weight[0] : A(1);
-            const A d = bn_weight ? bn_stats[2] : A(0);
+            const A m = bn_slope ? bn_stats[0] : A(0), k = bn_slope ? bn_invstd() * bn_stats[2] : A(1);
+            const A d = bn_slope ? bn_stats[3] : A(0);
 #pragma omp simd
             for (i64 p = 0; p < P; p++) {
                 const A gate = sigmoid(mad(z[p] - m, k, d));
@@ -644,7 +645,7 @@ struct Tail {
         for (i64 i = 0; i < B * P; i++) s0 += px.dms[i], s1 += px.dms[i] * ((conv[i] - m) * inv);
         A* dbn = static_cast<A*>(a.dbn);
         dbn[0] = static_cast<A>(s1), dbn[1] = static_cast<A>(s0);
-        const A k = bn_weight[0] * inv, n = static_cast<A>(B * P);
+        const A k = bn_slope[0] * inv, n = static_cast<A>(B * P);
         const A k0 = a.bn_training ? static_cast<A>(s0) / n : A(0), k1 = a.bn_training ? static_cast<A>(s1) / n : A(0);
         for (i64 i = 0; i < B * P; i++) px.dms[i] = k * (px.dms[i] - k0 - (conv[i] - m) * inv * k1);
     }
@@ -835,13 +836,14 @@ struct Tail {
                 dweight[c] = static_cast<A>(s1) * invstd[c];
                 dbias[c] = static_cast<A>(s0);
                 const A n = static_cast<A>(B * P);
-                const A k0 = a.training ? scale[c] * static_cast<A>(s0) / n : A(0);
-                const A k1 = a.training ? scale[c] * invstd[c] * invstd[c] * static_cast<A>(s1) / n : A(0);
+                const A k = slope[c] * invstd[c];
+                const A k0 = a.training ? k * static_cast<A>(s0) / n : A(0);
+                const A k1 = a.training ? k * invstd[c] * invstd[c] * static_cast<A>(s1) / n : A(0);
                 for (i64 b = 0; b < B; b++) {
                     const i64 i = b * C + c;
-                    f.gate[i] = scale[c] * mc[i];
-                    f.tie[i] = scale[c] * dpooled[B * C + i] / sums.ties[i];
-                    f.rest[i] = scale[c] * dpooled[i] / static_cast<A>(P) - k0;
+                    f.gate[i] = k * mc[i];
+                    f.tie[i] = k * dpooled[B * C + i] / sums.ties[i];
+                    f.rest[i] = k * dpooled[i] / static_cast<A>(P) - k0;
                     f.centred[i] = -k1;
                 }
             }
@@ -909,7 +911,7 @@ struct Tail {
             backward_conv(b0, b1, px, dkernels);
             backward_b(b0, b1, px, sums, parts);
         };
-        if (bn_weight) {
+        if (bn_slope) {
             samples(first);
             backward_bn(px);
             samples(second);
