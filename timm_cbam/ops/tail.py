@@ -216,7 +216,7 @@ def _setup_context(ctx, inputs, output):
 def _is_transformed(grad: torch.Tensor) -> bool:
     """Whether the backward pass is itself differentiated, batched or traced, and has to consist of plain operations."""
     if torch.compiler.is_compiling():
-        return False
+        return torch.is_grad_enabled()
     return (
         torch.is_grad_enabled()
         or type(grad) is not torch.Tensor
@@ -242,7 +242,7 @@ def _differentiate_reference(ctx, grad, x, out, p: Tail, r: Results) -> List[Opt
         return _branch_ref(given.get(0, x), Tail(*(given.get(i + 2, t) for i, t in enumerate(p))))
 
     with torch.autocast(x.device.type, enabled=False):
-        if torch._C._are_functorch_transforms_active():
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
             found = torch.func.vjp(branch, *(inputs[i] for i in wanted))[1](g)
         else:
             create_graph = torch.is_grad_enabled()
