@@ -18,8 +18,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .ops import Tail, cbam_tail, norm_relu_
-from .ops.tail_cpu import LIBRARY
+from .ops import Tail, cbam_tail, norm_relu_, tail_cpu
 
 __all__ = ['forward', 'fuses']
 
@@ -154,7 +153,7 @@ def fuses(block: nn.Module, x: torch.Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         # Exporters write plain operations down, and other devices' compilers fuse them.
-        if torch.compiler.is_exporting() or LIBRARY is None or x.device.type != 'cpu':
+        if torch.compiler.is_exporting() or tail_cpu.LIBRARY is None or x.device.type != 'cpu':
             return False
     elif type(x) is not torch.Tensor and type(x) is not nn.Parameter or _is_watched():
         return False
