@@ -1,9 +1,9 @@
 """The operator of tail.py in PyTorch's operations, for any device
 
-What costs time is reading and writing maps, and on CPU most of all fresh ones, whose pages the system has to provide. So
-the forward pass works in the one map that becomes its result. The backward pass goes through chunks of samples, so that
-a map is still in the cache when the next operation needs it; weighted sums are matrix products, several times as fast as
-a product and a sum.
+What costs time is reading and writing maps, and on CPU most of all fresh ones, whose pages the system has to provide.
+So the forward pass works in the one map that becomes its result. The backward pass goes through chunks of samples, so
+that a map is still in the cache when the next operation needs it; weighted sums are matrix products, several times as
+fast as a product and a sum.
 
 :class:`Steps` has the steps over maps, :func:`forward` and :func:`backward` what happens between them; another
 implementation may bring steps of its own.
@@ -28,7 +28,7 @@ class Norm(NamedTuple):
 
 def _norm(stats: torch.Tensor, p: Tail) -> Norm:
     mean, var, weight, bias = stats
-    if p.training:  # in double, and then of the parameters' dtype: as PyTorch
+    if p.training and stats.device.type == 'cpu':  # in double, and then of the parameters' dtype: as PyTorch
         invstd = (1 / (var.double() + p.eps).sqrt()).to(p.weight.dtype).to(stats.dtype)
     else:
         invstd = 1 / (var + p.eps).sqrt()
@@ -37,9 +37,15 @@ def _norm(stats: torch.Tensor, p: Tail) -> Norm:
 
 def _normalize(x: torch.Tensor, n: Norm, out: torch.Tensor) -> torch.Tensor:
     """F, with the same bits each time and those of PyTorch's batch-norm: the scale as weight, one as variance."""
-    empty = n.scale.new_empty(0)
+    return _batch_norm(x, n.scale, n.bias, n.mean, torch.ones_like(n.mean), 0., out)
+
+
+def _batch_norm(x, weight, bias, mean, var, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """In eval mode, to `out`, which may be x"""
+    dtype = accumulation_dtype(x)
     torch.ops.aten.native_batch_norm.out(
-        x, n.scale, n.bias, n.mean, torch.ones_like(n.mean), False, 0., 0., out=out, save_mean=empty, save_invstd=empty)
+        x, weight, bias, mean, var, False, 0., eps, out=out,
+        save_mean=mean.new_empty(0, dtype=dtype), save_invstd=mean.new_empty(0, dtype=dtype))
     return out
 
 
@@ -108,12 +114,12 @@ class Steps:
         channels = torch.arange(x.shape[1], dtype=mc.dtype, device=x.device)
         counting = torch.stack([torch.ones_like(channels), channels])
         parts = []
-        for x, g_, mc, ms, highest in _chunks(x, g, mc, ms, highest):
-            f = _normalize(x, n, torch.empty_like(x)).mul_(_map(mc))
-            ties = _sum_channels(torch.eq(f, highest), counting.expand(len(x), -1, -1))
-            dms = _sum_channels(f.mul_(g_), torch.ones_like(mc)[:, None])
-            centred = torch.sub(x, _map(n.mean)).mul_(g_)
-            parts.append((dms, _sum_space(g_, ms), _sum_space(centred, ms), ties[:, :1], ties[:, 1:]))
+        for x_, g_, mc_, ms_, highest_ in _chunks(x, g, mc, ms, highest):
+            f = _normalize(x_, n, torch.empty_like(x_)).mul_(_map(mc_))
+            ties = _sum_channels(torch.eq(f, highest_), counting.expand(len(x_), -1, -1))
+            dms = _sum_channels(f.mul_(g_), torch.ones_like(mc_)[:, None])
+            centred = torch.sub(x_, _map(n.mean)).mul_(g_)
+            parts.append((dms, _sum_space(g_, ms_), _sum_space(centred, ms_), ties[:, :1], ties[:, 1:]))
         return g, *(torch.cat(part) for part in zip(*parts, strict=True))
 
     @staticmethod
@@ -130,10 +136,10 @@ class Steps:
             s0.scatter_add_(1, i, d)
             s1.scatter_add_(1, i, d * (x.gather(1, index).flatten(1) - n.mean[i]))
         else:
-            for x, mc, dmax, highest, s0_, s1_ in _chunks(x, mc, dmax, highest, s0, s1):
-                d = torch.eq(_normalize(x, n, torch.empty_like(x)).mul_(_map(mc)), highest) * dmax
+            for x_, mc_, dmax_, highest_, s0_, s1_ in _chunks(x, mc, dmax, highest, s0, s1):
+                d = torch.eq(_normalize(x_, n, torch.empty_like(x_)).mul_(_map(mc_)), highest_) * dmax_
                 s0_ += d.sum((2, 3))
-                s1_ += d.mul_(torch.sub(x, _map(n.mean))).sum((2, 3))
+                s1_ += d.mul_(torch.sub(x_, _map(n.mean))).sum((2, 3))
         return s0, s1
 
     @staticmethod
@@ -143,18 +149,18 @@ class Steps:
         columns = torch.stack([k_gate, k], dim=2)  # k_gate * davg + k is a matrix of rank 2
         rows = torch.cat([davg, torch.ones_like(davg)], dim=1).flatten(2)
         i = dmax if index is None else index
-        for x, g, mc, ms, dmax, highest, i, top, kg, kt, column, row, dx_ in _chunks(
-                x, g, mc, ms, dmax, highest, i, top, k_gate, k_tie, columns, rows, dx):
-            d = torch.mul(g, ms).mul_(_map(kg))
+        for x_, g_, mc_, ms_, dmax_, highest_, i_, top_, kg, kt, kx, column, row, dx_ in _chunks(
+                x, g, mc, ms, dmax, highest, i, top, k_gate, k_tie, k_centred, columns, rows, dx):
+            d = torch.mul(g_, ms_).mul_(_map(kg))
             d.flatten(2).baddbmm_(column, row)
             if index is not None:
-                d.scatter_add_(1, i, dmax * kg.gather(1, i.flatten(1)).view_as(dmax))
+                d.scatter_add_(1, i_, dmax_ * kg.gather(1, i_.flatten(1)).view_as(dmax_))
             else:
-                at_highest = torch.eq(_normalize(x, n, torch.empty_like(x)).mul_(_map(mc)), highest)
-                d += at_highest * (dmax * _map(kg))
-            at_top = torch.eq(x, _map(top)).to(d.dtype)
-            d.addcmul_(at_top, _map(kt / _sum_space(at_top, torch.ones_like(ms))))
-            dx_.copy_(d.addcmul_(torch.sub(x, _map(n.mean)), _map(k_centred)))
+                at_highest = torch.eq(_normalize(x_, n, torch.empty_like(x_)).mul_(_map(mc_)), highest_)
+                d += at_highest * (dmax_ * _map(kg))
+            at_top = torch.eq(x_, _map(top_)).to(d.dtype)
+            d.addcmul_(at_top, _map(kt / _sum_space(at_top, torch.ones_like(ms_))))
+            dx_.copy_(d.addcmul_(torch.sub(x_, _map(n.mean)), _map(kx)))
         return dx
 
 
@@ -168,7 +174,7 @@ def _top(n: Norm, space: torch.Tensor) -> torch.Tensor:
     return torch.where(n.scale < 0, space[2], space[1])
 
 
-def _spatial_gate(conv: torch.Tensor, bn_stats: torch.Tensor, p: Tail) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _spatial_gate(conv: torch.Tensor, bn_stats: torch.Tensor, p: Tail) -> Tuple[torch.Tensor, ...]:
     """The sigmoid, the normalised output of the convolution, and its 1 / deviation."""
     if p.bn_weight is None:
         return conv.sigmoid(), conv, conv.new_ones(1)
@@ -262,8 +268,6 @@ def backward(
 
 
 def norm_relu(x, weight, bias, mean, var, eps: float, relu: bool) -> None:
-    empty = weight.new_empty(0)
-    torch.ops.aten.native_batch_norm.out(
-        x, weight, bias, mean, var, False, 0., eps, out=x, save_mean=empty, save_invstd=empty)
+    _batch_norm(x, weight, bias, mean, var, eps, x)
     if relu:
         x.relu_()
