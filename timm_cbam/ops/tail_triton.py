@@ -251,8 +251,9 @@ def _tile(c: int, p: int, channels_last: bool) -> Tuple[int, int]:
     """BLOCK_C and BLOCK_P: 64 numbers along what is contiguous, a cache line in half precision, and 32 across; so each
     of the 128 threads has 16. Half or a quarter of that where the map is smaller, which it hardly ever is.
 
-    So a kernel is compiled once for each memory format and dtype, and again only where Triton finds it worthwhile:
-    sizes that are multiples of 16, and those that are 1. The order of additions depends on nothing but shape and format.
+    So a kernel is compiled once for each memory format and dtype, and again only where Triton finds it worthwhile: for
+    sizes that are multiples of 16, and for those that are 1. The order of additions depends on nothing but the map's
+    shape and format.
     """
     long, short = (c, p) if channels_last else (p, c)
     long = min(64, max(16, triton.next_power_of_2(long)))
@@ -279,9 +280,9 @@ def _launch(
 
 
 class TritonSteps(Steps):
-    """An instance serves one backward pass. `b` reads x anyway and counts for `c` how many pixels share the maximum over
-    space. What is compared is x, not F: where F is rounded so that it is equal for different x, x still tells which is
-    larger.
+    """An instance serves one backward pass: `b`, which reads all of x anyway, counts for `c` how many pixels share the
+    maximum over space. What is compared is x, as in tail_torch: where F is equal for different x only because it is
+    rounded, x still tells which is larger.
 
     space: as in :class:`.tail.Results`.
     """
@@ -324,14 +325,17 @@ class TritonSteps(Steps):
         s0, s1 = sums.sum(2)
         return g, dms, s0, s1, ties, ties  # the index of the maximum is tail_torch's alone
 
-    def b(self, x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor]):
+    def b(  # type: ignore[override]
+            self, x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         s0, s1, self.ties = torch.empty_like(self.space)
         top = tail_torch._top(n, self.space)
         _launch(
             _b, [x], [n.mean, n.scale, n.bias, mc, davg, dmax, highest, top, s0, s1, self.ties], channels=True)
         return s0, s1
 
-    def c(self, x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
+    def c(  # type: ignore[override]
+            self, x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
         dx = torch.empty_like(x)
         numbers = [
             n.mean, n.scale, n.bias, mc, ms, davg, dmax, highest, top, k_gate, k_tie / self.ties, k_centred, k]
