@@ -164,12 +164,12 @@ def test_not_finite(value, training, memory_format):
 def test_far_from_zero(deviations, dtype, memory_format):
     """Where the mean of x is large nothing is lost by cancellation: plain operations normalise, and then multiply."""
     tensors = make((2, 40, 9, 10), 4, dtype, deviations=deviations)
-    args = tensors, dtype, True, False
     expected = compute(cbam_tail_ref, tensors, torch.float64, True, False, device='cpu')
-    plain = compute(cbam_tail_ref, *args, device='cpu')
-    actual = compute(cbam_tail, *args, FORMATS[memory_format])
+    plain = compute(cbam_tail_ref, tensors, dtype, True, False, device='cpu')
+    actual = compute(cbam_tail, tensors, dtype, True, False, FORMATS[memory_format])
     for name, a in actual.items():
-        assert error(a, expected[name]) < max(TOLERANCE[dtype], 1.25 * error(plain[name], expected[name])), name
+        limit = max(1.5 * error(plain[name], expected[name]), {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype])
+        assert error(a, expected[name]) < limit, f'{name}: {error(a, expected[name])}'
 
 
 @runs_kernels
@@ -186,9 +186,9 @@ def test_statistics(memory_format):
         stats, space = tail_triton.TritonSteps.pool_space(x, p, dtype)
         var, mean = torch.var_mean(tensors['x'], (0, 2, 3), correction=0)
         flat = tensors['x'].flatten(2)
-        assert error(stats[0], mean) < TOLERANCE[dtype] / 10
+        assert error(stats[0], mean) < torch.finfo(dtype).eps
         assert error(stats[1], var) < TOLERANCE[dtype]
-        assert error(space, torch.stack([flat.mean(2), flat.amax(2), flat.amin(2)])) < TOLERANCE[dtype] / 10
+        assert error(space, torch.stack([flat.mean(2), flat.amax(2), flat.amin(2)])) < torch.finfo(dtype).eps
 
 
 @runs_kernels

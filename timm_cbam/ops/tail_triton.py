@@ -70,6 +70,10 @@ def _pool_space(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     acc: tl.constexpr = avg_ptr.dtype.element_ty
+    # Sums are of differences from the first pixel, if that is finite: sums of large numbers that hardly differ would lose
+    # the digits in which they do.
+    first = tl.load(x_ptr + _offsets(b, c, tl.arange(0, 1), C, P, CHANNELS_LAST), mask=c[:, None] < C, other=0).to(acc)
+    first = tl.where(tl.abs(first) < float('inf'), first, 0)
     total = tl.zeros([BLOCK_C, BLOCK_P], acc)
     m2 = tl.zeros([BLOCK_C, BLOCK_P], acc)
     high = tl.full([BLOCK_C, BLOCK_P], float('-inf'), acc)
@@ -79,16 +83,18 @@ def _pool_space(
         p = p0 + tl.arange(0, BLOCK_P)
         inside = (c < C)[:, None] & (p < P)[None, :]
         x = tl.load(x_ptr + _offsets(b, c, p, C, P, CHANNELS_LAST), mask=inside, other=0).to(acc)
-        # Each place of the tile has a sum of squares of its own, about the average of what it has seen. So nothing
-        # cancels, wherever the numbers are; and the average itself is a plain sum, which infinities survive.
-        delta = x - total / tl.maximum(count, 1)
-        m2 += tl.where(inside, delta * (delta * (count / (count + 1))), 0)
-        total += x
         high = _max(high, tl.where(inside, x, float('-inf')))
         low = _min(low, tl.where(inside, x, float('inf')))
+        # Each place of the tile has squares of its own, from the average of what it has seen before. The average itself
+        # is a plain sum, which infinities survive.
+        x = tl.where(inside, x - first, 0)
+        delta = x - total * (1 / tl.maximum(count, 1))
+        m2 += tl.where(inside, delta * (delta * (count / (count + 1))), 0)
+        total += x
         count += (p < P)[None, :].to(acc)
-    avg = tl.sum(total, 1) / P
-    delta = total / tl.maximum(count, 1) - avg[:, None]
+    avg = tl.sum(total, 1)[:, None] / P
+    delta = total * (1 / tl.maximum(count, 1)) - avg
+    avg = tl.reshape(avg + first, [BLOCK_C])
     n = b * C + c
     tl.store(avg_ptr + n, avg, mask=c < C)
     tl.store(high_ptr + n, tl.reduce(high, 1, _max), mask=c < C)
@@ -298,7 +304,7 @@ class TritonSteps(Steps):
         _launch(_pool_space, [x], [*space, m2], channels=True)
         if not p.training:
             return torch.stack([p.mean, p.var]).to(dtype), space
-        mean = space[0].mean(0)
+        mean = space[0].mean(0, dtype=torch.float64).to(dtype)
         var = (m2 / (h * w) + (space[0] - mean).square()).mean(0)
         return torch.stack([mean, var]), space
 
