@@ -186,9 +186,9 @@ def test_statistics(memory_format):
         stats, space = tail_triton.TritonSteps.pool_space(x, p, dtype)
         var, mean = torch.var_mean(tensors['x'], (0, 2, 3), correction=0)
         flat = tensors['x'].flatten(2)
-        assert error(stats[0], mean) < torch.finfo(dtype).eps
-        assert error(stats[1], var) < TOLERANCE[dtype]
-        assert error(space, torch.stack([flat.mean(2), flat.amax(2), flat.amin(2)])) < torch.finfo(dtype).eps
+        assert error(stats[0], mean) < 10 * torch.finfo(dtype).eps
+        assert error(stats[1], var) < 10 * torch.finfo(dtype).eps * (1 + deviations)
+        assert error(space, torch.stack([flat.mean(2), flat.amax(2), flat.amin(2)])) < 10 * torch.finfo(dtype).eps
 
 
 @runs_kernels
