@@ -70,8 +70,8 @@ def _pool_space(
     b = (tl.program_id(0) // blocks).to(tl.int64)
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     acc: tl.constexpr = avg_ptr.dtype.element_ty
-    # Sums are of differences from the first pixel, if that is finite: a sum of large numbers that hardly differ loses the
-    # digits in which they do.
+    # Sums are of differences from the first pixel, if that is finite. A sum of large numbers that hardly differ loses
+    # the digits in which they do.
     first = tl.load(x_ptr + _offsets(b, c, tl.arange(0, 1), C, P, CHANNELS_LAST), mask=c[:, None] < C, other=0).to(acc)
     first = tl.where(tl.abs(first) < float('inf'), first, 0)
     total = tl.zeros([BLOCK_C, BLOCK_P], acc)
