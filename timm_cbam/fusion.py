@@ -7,6 +7,7 @@ that decides this, and :func:`forward` the only one that turns modules into argu
 """
 import os
 from importlib.util import find_spec
+from itertools import zip_longest
 from typing import Dict, Iterable, Optional, Tuple
 
 import torch
@@ -215,14 +216,14 @@ def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
         for m in modules:
             x = m(x)
         return x
-    previous = None
-    for i, m in enumerate(modules):
+    previous, relu_is_done = None, False
+    for m, following in zip_longest(modules, modules[1:]):
         if previous is not None and _normalizes_in_place(m, previous, x):
-            relu = i + 1 < len(modules) and type(modules[i + 1]) is nn.ReLU
-            x = norm_relu_(x, m, relu)
-        elif not (type(m) is nn.ReLU and relu):
+            relu_is_done = type(following) is nn.ReLU
+            x = norm_relu_(x, m, relu_is_done)
+        elif not (type(m) is nn.ReLU and relu_is_done):
             x = m(x)
-            relu = False
+            relu_is_done = False
         previous = m
     return x
 

@@ -538,7 +538,7 @@ struct Tail {
         });
     }
 
-    // f(sample, channel or pixel, offset) for all contiguous lines of the maps: a channel's pixels or a pixel's channels
+    // f(sample, channel or pixel, offset) for all contiguous lines of maps: a channel's pixels or a pixel's channels
     template <class F>
     void lines(i64 b0, i64 b1, F&& f) {
         const i64 n = CL ? P : C, size = CL ? C : P;

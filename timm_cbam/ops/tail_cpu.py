@@ -5,7 +5,7 @@ Maps are handed over as they are, dense in one of both memory formats, everythin
 import ctypes
 from itertools import accumulate
 from math import prod
-from typing import Any, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 import torch
 
@@ -39,7 +39,7 @@ class _Call:
 
     def __init__(self, x: torch.Tensor, p: Tail) -> None:
         self.dtype = accumulation_dtype(x)
-        self.alive = []
+        self.alive: List[torch.Tensor] = []
         b, c, h, w = x.shape
         self.args = _Args(
             _DTYPES[x.dtype], not x.is_contiguous(), torch.get_num_threads(), b, c, h, w, len(p.fc1_weight),

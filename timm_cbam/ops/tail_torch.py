@@ -8,7 +8,7 @@ fast as a product and a sum.
 :class:`Steps` has the steps over maps, :func:`forward` and :func:`backward` what happens between them; another
 implementation may bring steps of its own.
 """
-from typing import Iterator, NamedTuple, Optional, Tuple, Type
+from typing import Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -77,8 +77,7 @@ class Steps:
     where F is largest, (B, C). highest: maximum of F' over the channels, per pixel.
     """
 
-    @staticmethod
-    def pool_space(x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+    def pool_space(self, x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance of the batch-norm, (2, C), and average, maximum and minimum of x over space, (3, B, C)."""
         if p.training:
             stats = torch.stack(torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2])
@@ -91,8 +90,7 @@ class Steps:
             avg = flat.mean(2, dtype=dtype)
         return stats.to(dtype), torch.stack([avg, flat.amax(2).to(dtype), flat.amin(2).to(dtype)])
 
-    @staticmethod
-    def pool_channels(x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def pool_channels(self, x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Average and maximum of F' over the channels, (B, 2, H, W). `out` may be overwritten, gate_add gets it so."""
         _normalize(x, n, out).mul_(_map(mc))
         b, _, h, w = x.shape
@@ -101,13 +99,11 @@ class Steps:
         pooled[:, 1] = out.amax(1)
         return pooled
 
-    @staticmethod
-    def gate_add(x, n: Norm, mc, ms, shortcut: torch.Tensor, out: torch.Tensor) -> None:
+    def gate_add(self, x, n: Norm, mc, ms, shortcut: torch.Tensor, out: torch.Tensor) -> None:
         """Write ``relu(shortcut + F'')`` to `out`."""
         torch.addcmul(shortcut, out, ms.to(out.dtype), out=out).relu_()
 
-    @staticmethod
-    def a(grad, x, out, n: Norm, mc, ms, highest) -> Tuple[torch.Tensor, ...]:
+    def a(self, grad, x, out, n: Norm, mc, ms, highest) -> Tuple[torch.Tensor, ...]:
         """g, dms, sums over space of g * ms and of g * ms * (x - mean); number of channels with the maximum of a pixel,
         and of their indices the sum, which is the index where there is one."""
         g = torch.ops.aten.threshold_backward(grad, out, 0)
@@ -122,8 +118,9 @@ class Steps:
             parts.append((dms, _sum_space(g_, ms_), _sum_space(centred, ms_), ties[:, :1], ties[:, 1:]))
         return g, *(torch.cat(part) for part in zip(*parts, strict=True))
 
-    @staticmethod
-    def b(x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+    def b(
+            self, x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Sums over space of ``d = davg + dmax * [F' is the maximum]`` and of ``d * (x - mean)``, (B, C).
 
         index: channel of the only maximum of each pixel, None if one has several.
@@ -142,8 +139,7 @@ class Steps:
                 s1_ += d.mul_(torch.sub(x_, _map(n.mean))).sum((2, 3))
         return s0, s1
 
-    @staticmethod
-    def c(x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
+    def c(self, x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
         """``dx = k_gate * (g * ms + d) + k_tie * [x is at the top] / ties + k_centred * (x - mean) + k``, d as in b."""
         dx = torch.empty_like(x)
         columns = torch.stack([k_gate, k], dim=2)  # k_gate * davg + k is a matrix of rank 2
@@ -162,6 +158,9 @@ class Steps:
             d.addcmul_(at_top, _map(kt / _sum_space(at_top, torch.ones_like(ms_))))
             dx_.copy_(d.addcmul_(torch.sub(x_, _map(n.mean)), _map(kx)))
         return dx
+
+
+_STEPS = Steps()
 
 
 def _pooled(n: Norm, space: torch.Tensor) -> torch.Tensor:
@@ -190,7 +189,7 @@ def _matrices(p: Tail, dtype: torch.dtype):
 
 
 def forward(
-        x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail, steps: Type[Steps] = Steps) -> Results:
+        x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail, steps: Steps = _STEPS) -> Results:
     dtype = accumulation_dtype(x)
     stats, space = steps.pool_space(x, p, dtype)
     stats = torch.cat([stats, torch.stack([p.weight, p.bias]).to(dtype)])
@@ -216,7 +215,7 @@ def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
 
 
 def backward(
-        grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r: Results, steps: Type[Steps] = Steps,
+        grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r: Results, steps: Steps = _STEPS,
 ) -> Gradients:
     dtype = accumulation_dtype(x)
     n, mc = _norm(r.stats, p), r.mc

@@ -286,18 +286,17 @@ def _launch(
 
 
 class TritonSteps(Steps):
-    """An instance serves one backward pass: `b`, which reads all of x anyway, counts for `c` how many pixels share the
-    maximum over space. What is compared is x, as in tail_torch: where F is equal for different x only because it is
-    rounded, x still tells which is larger.
+    """An instance serves one call. In the backward pass `b`, which reads all of x anyway, counts for `c` how many pixels
+    share the maximum over space. What is compared is x, as in tail_torch: where F is equal for different x only because
+    it is rounded, x still tells which is larger.
 
     space: as in :class:`.tail.Results`.
     """
 
-    def __init__(self, space: torch.Tensor) -> None:
+    def __init__(self, space: Optional[torch.Tensor] = None) -> None:
         self.space = space
 
-    @staticmethod
-    def pool_space(x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+    def pool_space(self, x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
         b, c, h, w = x.shape
         space = x.new_empty(3, b, c, dtype=dtype)
         m2 = x.new_empty(b, c, dtype=dtype)
@@ -308,19 +307,16 @@ class TritonSteps(Steps):
         var = (m2 / (h * w) + (space[0] - mean).square()).mean(0)
         return torch.stack([mean, var]), space
 
-    @staticmethod
-    def pool_channels(x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def pool_channels(self, x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         b, _, h, w = x.shape
         pooled = x.new_empty(b, 2, h, w, dtype=mc.dtype)
         _launch(_pool_channels, [x], [n.mean, n.scale, n.bias, mc, pooled], pixels=True)
         return pooled
 
-    @staticmethod
-    def gate_add(x, n: Norm, mc, ms, shortcut: torch.Tensor, out: torch.Tensor) -> None:
+    def gate_add(self, x, n: Norm, mc, ms, shortcut: torch.Tensor, out: torch.Tensor) -> None:
         _launch(_gate_add, [x, shortcut, out], [n.mean, n.scale, n.bias, mc, ms], channels=True, pixels=True)
 
-    @staticmethod
-    def a(grad, x, out, n: Norm, mc, ms, highest) -> Tuple[torch.Tensor, ...]:
+    def a(self, grad, x, out, n: Norm, mc, ms, highest) -> Tuple[torch.Tensor, ...]:
         b, c, h, w = x.shape
         _, block_p = _tile(c, h * w, not x.is_contiguous())
         g = torch.empty_like(x)
@@ -331,7 +327,7 @@ class TritonSteps(Steps):
         s0, s1 = sums.sum(2)
         return g, dms, s0, s1, ties, ties  # the index of the maximum is tail_torch's alone
 
-    def b(  # type: ignore[override]
+    def b(
             self, x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor],
     ) -> Tuple[torch.Tensor, torch.Tensor]:
         s0, s1, self.ties = torch.empty_like(self.space)
@@ -340,7 +336,7 @@ class TritonSteps(Steps):
             _b, [x], [n.mean, n.scale, n.bias, mc, davg, dmax, highest, top, s0, s1, self.ties], channels=True)
         return s0, s1
 
-    def c(  # type: ignore[override]
+    def c(
             self, x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
         dx = torch.empty_like(x)
         numbers = [
@@ -350,7 +346,7 @@ class TritonSteps(Steps):
 
 
 def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail) -> Results:
-    return tail_torch.forward(x, shortcut, out, p, TritonSteps)
+    return tail_torch.forward(x, shortcut, out, p, TritonSteps())
 
 
 def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
@@ -358,7 +354,7 @@ def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
 
 
 def backward(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r: Results) -> Gradients:
-    return tail_torch.backward(grad, x, out, p, r, TritonSteps(r.space))  # type: ignore[arg-type]
+    return tail_torch.backward(grad, x, out, p, r, TritonSteps(r.space))
 
 
 def norm_relu(x, weight, bias, mean, var, eps: float, relu: bool) -> None:
