@@ -230,15 +230,13 @@ struct Tail {
                 for (i64 b = 0; b < B; b++) each(b, [&](i64 j, A v) { sum[j] += static_cast<double>(v); });
                 for (i64 j = 0; j < n; j++) mean[c0 + j] = m[j] = static_cast<A>(sum[j] / (B * P));
                 for (i64 b = 0; b < B; b++) {
-                    each(b, [&](i64 j, A v) { square[j] = add_square(v - m[j], square[j]); });
+                    each(b, [&](i64 j, A v) { square[j] += static_cast<double>((v - m[j]) * (v - m[j])); });
                     pool_rows(b * C + c0, b * C + c0 + n);
                 }
                 for (i64 j = 0; j < n; j++) var[c0 + j] = static_cast<A>(square[j]) / static_cast<A>(B * P);
             }
         });
     }
-    static double add_square(float d, double sum) { return sum + static_cast<double>(d * d); }
-    static double add_square(double d, double sum) { return mad(d, d, sum); }
 
     void pool_rows(i64 begin, i64 end) {
         for (i64 i = begin; i < end; i++) {

@@ -29,9 +29,9 @@ class Norm(NamedTuple):
 def _norm(stats: torch.Tensor, p: Tail) -> Norm:
     mean, var, weight, bias = stats
     if p.training and stats.device.type == 'cpu':  # in double, and then of the parameters' dtype: as PyTorch
-        invstd = (1 / (var.double() + p.eps).sqrt()).to(p.weight.dtype).to(stats.dtype)
+        invstd = torch.rsqrt(var.double() + p.eps).to(p.weight.dtype).to(stats.dtype)
     else:
-        invstd = 1 / (var + p.eps).sqrt()
+        invstd = torch.rsqrt(var + p.eps)
     return Norm(mean, invstd, invstd * weight, bias)
 
 
@@ -42,7 +42,7 @@ def _normalize(x: torch.Tensor, n: Norm, out: torch.Tensor) -> torch.Tensor:
 
 def _batch_norm(x, weight, bias, mean, var, eps: float, out: torch.Tensor) -> torch.Tensor:
     """In eval mode, to `out`, which may be x"""
-    dtype = accumulation_dtype(x)
+    dtype = mean.dtype if x.device.type == 'cpu' else accumulation_dtype(x)
     torch.ops.aten.native_batch_norm.out(
         x, weight, bias, mean, var, False, 0., eps, out=out,
         save_mean=mean.new_empty(0, dtype=dtype), save_invstd=mean.new_empty(0, dtype=dtype))
