@@ -12,8 +12,10 @@ curve: a picture of the losses of 200 training steps on scikit-learn's handwritt
     without. In float64, because in float32 rounding alone makes two such runs differ after ten steps.
 
 The networks of speed and memory are timm's ResNet without attention ("plain"), with timm's SE and CBAM, and with CBAM
-written as the article describes it, and ours with its fused operations off ("plain ops") and on ("ours"). Nothing else
-should run on the machine: with fewer free cores than --threads, each of PyTorch's operations waits for the scheduler.
+written as the article describes it, and ours module by module ("plain ops"), fused by PyTorch's operations as where no
+library was built ("torch ops"), and as it is installed ("ours"). `speed --all` runs all the rows of README's table in both
+memory formats, `--networks` chooses some of the networks. Nothing else should run on the machine: with fewer free cores
+than --threads, each of PyTorch's operations waits for the scheduler.
 """
 import argparse
 import compileall
@@ -26,7 +28,6 @@ import subprocess
 import time
 import venv
 from datetime import datetime, timezone
-from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Callable, Dict, List
@@ -37,9 +38,23 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from timm_cbam import fusion
+from timm_cbam.ops import tail_cpu
+
 STARTUP = Path(__file__).parents[1] / 'timm_cbam' / 'startup'
 WARMUP = 3  # rounds
-OPS = import_module('timm_cbam.fusion')
+LIBRARY = tail_cpu.LIBRARY
+NETWORKS = ('plain', 'timm se', 'timm cbam', 'article', 'plain ops', 'torch ops', 'ours')
+ALL = {  # rows of README's table
+    'inference, batch 1': dict(batch=1),
+    'inference, batch 8': dict(batch=8),
+    'inference compiled, batch 1': dict(batch=1, compile=True),
+    'inference compiled, batch 8': dict(batch=8, compile=True),
+    'training step, batch 4': dict(batch=4, train=True),
+    'training step compiled, batch 4': dict(batch=4, train=True, compile=True),
+    'inference in bfloat16 autocast, batch 8': dict(batch=8, amp=True),
+    'training step in bfloat16 autocast, batch 4': dict(batch=4, train=True, amp=True),
+}
 
 
 class ArticleCbam(nn.Module):
@@ -74,8 +89,11 @@ def create_networks(args: argparse.Namespace) -> Dict[str, nn.Module]:
             ('timm cbam', plain, {'attn_layer': 'cbam'}),
             ('article', plain, {'attn_layer': ArticleCbam}),
             ('plain ops', ours, {}),
+            ('torch ops', ours, {}),
             ('ours', ours, {}),
     ):
+        if name not in args.networks:
+            continue
         torch.manual_seed(0)
         model = timm.create_model(model_name, block_args=block_args)
         for module in model.modules():
@@ -101,7 +119,8 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
 
 
 def select_ops(name: str) -> None:
-    OPS.FUSED = name != 'plain ops'
+    fusion.FUSED = name != 'plain ops'
+    tail_cpu.LIBRARY = None if name == 'torch ops' else LIBRARY
 
 
 def device_name(device: str) -> str:
@@ -114,7 +133,7 @@ def device_name(device: str) -> str:
 
 def report(args: argparse.Namespace, rows: List[Dict[str, Any]]) -> None:
     """Print the settings and a table of rows, append both to the file of --json."""
-    settings = {key: value for key, value in vars(args).items() if key not in ('run', 'json')}
+    settings = {key: value for key, value in vars(args).items() if key not in ('run', 'json', 'all', 'networks')}
     settings.update(
         device_name=device_name(args.device),
         torch=torch.__version__,
@@ -177,14 +196,30 @@ def create_run(model: nn.Module, images: torch.Tensor, args: argparse.Namespace)
     return train
 
 
-def speed(args: argparse.Namespace) -> None:
+def speed_all(args: argparse.Namespace) -> None:
+    """All rows of ALL in both formats; prints a Markdown table of the medians relative to plain."""
+    table = {}
+    for row, settings in ALL.items():
+        for channels_last in (False, True):
+            torch.compiler.reset()
+            rows = speed(argparse.Namespace(**{**vars(args), **settings, 'channels_last': channels_last}))
+            for measured in rows:
+                table.setdefault(row, {}).setdefault(measured['network'], []).append(f"{measured['relative']:.2f}")
+    print(f"| relative to plain, NCHW / channels-last | {' | '.join(args.networks[1:])} |")
+    print('|---' * len(args.networks) + '|')
+    for row, cells in table.items():
+        print(f"| {row} | {' | '.join(' / '.join(cells.get(name, ['-'])) for name in args.networks[1:])} |")
+
+
+def speed(args: argparse.Namespace) -> List[Dict[str, Any]]:
     args.batch = args.batch or (4 if args.train else 8)
     torch.set_num_threads(args.threads)
     synchronize = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
     images = create_images(args)
     runs = {name: create_run(model, images, args) for name, model in create_networks(args).items()}
     if args.compile:
-        del runs['plain ops']  # the compiler gets plain operations from ours, too
+        for name in ('plain ops', 'torch ops'):  # the compiler gets plain operations without a library
+            runs.pop(name, None)
     times = {name: [] for name in runs}
     for _ in tqdm(range(WARMUP + args.runs), desc='speed'):
         for name, run in runs.items():
@@ -201,6 +236,7 @@ def speed(args: argparse.Namespace) -> None:
         ratios = (a / b for a, b in zip(times[name][WARMUP:], times['plain'][WARMUP:], strict=True))
         rows.append({'network': name, 'ms': median, 'iqr_ms': high - low, 'relative': statistics.median(ratios)})
     report(args, rows)
+    return rows
 
 
 def kept_mib(model: nn.Module, images: torch.Tensor, args: argparse.Namespace) -> float:
@@ -262,6 +298,7 @@ def add_network_options(command: argparse.ArgumentParser) -> None:
     command.add_argument('--size', type=int, default=224, help='of the images')
     command.add_argument('--channels-last', action='store_true')
     command.add_argument('--amp', action='store_true', help='autocast to bfloat16')
+    command.add_argument('--networks', nargs='+', choices=NETWORKS, default=NETWORKS, metavar='NAME')
     command.add_argument('--json', type=Path, metavar='FILE', help='append a line of JSON for each network')
 
 
@@ -279,7 +316,8 @@ def main() -> None:
     command.add_argument('--device', choices=('cpu', 'cuda'), default='cpu')
     command.add_argument('--threads', type=int, default=2)
     command.add_argument('--runs', type=int, default=20)
-    command.set_defaults(run=speed)
+    command.add_argument('--all', action='store_true', help="all rows of README's table, in both memory formats")
+    command.set_defaults(run=lambda args: speed_all(args) if args.all else speed(args))
     command = commands.add_parser('memory', help='memory kept for the backward pass')
     add_network_options(command)
     command.add_argument('--batch', type=int, default=2)

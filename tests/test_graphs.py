@@ -88,7 +88,7 @@ def accumulated(block, x):
     return [t.grad for t in inputs(block, x)]
 
 
-def is_close(actual, expected, tol):
+def is_close(actual, expected, tol, floor):
     if not isinstance(expected, torch.Tensor):
         return actual == expected
     if not isinstance(actual, torch.Tensor) or (actual.shape, actual.dtype) != (expected.shape, expected.dtype):
@@ -96,7 +96,7 @@ def is_close(actual, expected, tol):
     if not expected.is_floating_point():
         return torch.equal(actual, expected)
     # what cancels to zero leaves rounding errors behind
-    return bool((actual - expected).norm() <= tol * (expected.norm() + 1e-3))
+    return bool((actual - expected).norm() <= tol * (expected.norm() + floor))
 
 
 def strings(result):
@@ -115,7 +115,7 @@ def outcome(scenario, block, x):
     return None, ([(keystr(path), leaf) for path, leaf in leaves], spec)
 
 
-def check(scenario, block, x, raises=None, tol=1e-8):
+def check(scenario, block, x, raises=None, tol=1e-8, floor=1e-3):
     """Run a scenario, a function of block and input, on both paths: both give the same, or raise what is said."""
     error, result = outcome(scenario, block, x)
     with plain_path():
@@ -127,7 +127,7 @@ def check(scenario, block, x, raises=None, tol=1e-8):
     if error is not None:
         raise error
     assert result[1] == expected[1], f'{strings(result)} where the plain path has {strings(expected)}'
-    wrong = [name for (name, a), (_, e) in zip(result[0], expected[0], strict=True) if not is_close(a, e, tol)]
+    wrong = [name for (name, a), (_, e) in zip(result[0], expected[0], strict=True) if not is_close(a, e, tol, floor)]
     assert not wrong, f'{len(wrong)} of {len(expected[0])} results differ: {", ".join(wrong[:10])}'
 
 
@@ -1399,4 +1399,5 @@ def test_ties(scenario, order, channels_last, kind, training):
         scenario(block, x)
     if channels_last:
         block, x = (t.to(memory_format=torch.channels_last) for t in (block, x))
-    check(gradient_of_gradients if order == 2 else lambda b, x: gradients(b, x, loss(b(x))), block, x)
+    # without any variance the last batch-norm amplifies rounding errors by the hundreds
+    check(gradient_of_gradients if order == 2 else lambda b, x: gradients(b, x, loss(b(x))), block, x, floor=1.)

@@ -18,8 +18,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .ops import Tail, cbam_tail, norm_relu_
-from .ops.tail_cpu import LIBRARY
+from .ops import Tail, cbam_tail, norm_relu_, tail_cpu
 
 __all__ = ['forward', 'fuses']
 
@@ -37,7 +36,7 @@ _BASIC = (
 _BOTTLENECK = (
     ('conv1', nn.Conv2d), ('bn1', nn.BatchNorm2d), ('act1', nn.ReLU), ('conv2', nn.Conv2d), ('bn2', nn.BatchNorm2d),
     ('drop_block', nn.Identity), ('act2', nn.ReLU), ('aa', nn.Identity), ('conv3', nn.Conv2d))
-_DOWNSAMPLE = (nn.Conv2d, nn.BatchNorm2d, nn.AvgPool2d, AvgPool2dSame, nn.Identity)
+_DOWNSAMPLE = (nn.AvgPool2d, AvgPool2dSame, nn.Identity)  # beside convolution and norm
 
 # What runs when a module is called. Instances that have one of these names of their own, and classes that somebody has
 # patched, are not what their type says.
@@ -45,10 +44,10 @@ _METHODS = frozenset(('forward', '_call_impl', '_slow_forward', '_conv_forward',
 _ORIGINALS = tuple(
     (cls, name, getattr(cls, name))
     for cls, names in (
-        (nn.Module, ('__call__', '_call_impl')), (nn.Conv2d, ('forward', '_conv_forward')),
-        (nn.BatchNorm2d, ('forward',)), (nn.ReLU, ('forward',)), (Sigmoid, ('forward',)),
-        (nn.Identity, ('forward',)), (nn.Sequential, ('forward',)), (DropPath, ('forward',)), (Cbam, ('forward',)),
-        (ChannelAttention, ('forward', 'attention_map')), (SpatialAttention, ('forward', 'attention_map')))
+        (nn.Module, ('__call__', '_call_impl')), (nn.Conv2d, ('__call__', 'forward', '_conv_forward')),
+        *((cls, ('__call__', 'forward')) for cls in (
+            nn.BatchNorm2d, nn.ReLU, Sigmoid, nn.Identity, nn.Sequential, nn.AvgPool2d, AvgPool2dSame, DropPath, Cbam)),
+        *((cls, ('__call__', 'forward', 'attention_map')) for cls in (ChannelAttention, SpatialAttention)))
     for name in names)
 
 
@@ -78,8 +77,14 @@ def _is_norm(m: Optional[nn.Module], device: torch.device, dtypes: Tuple[torch.d
     if not _is(m, nn.BatchNorm2d) or m.momentum is None or not m.track_running_stats:
         return False
     parameters, buffers = m._parameters, m._buffers
-    tensors = parameters['weight'], parameters['bias'], buffers['running_mean'], buffers['running_var']
+    tensors = [d.get(name) for d, name in (
+        (parameters, 'weight'), (parameters, 'bias'), (buffers, 'running_mean'), (buffers, 'running_var'))]
     return _are_plain(tensors, device, dtypes) and all(t.shape == tensors[0].shape for t in tensors)
+
+
+def _norm_dtypes(dtype: torch.dtype) -> Tuple[torch.dtype, ...]:
+    """Of parameters with which PyTorch's batch-norm takes a map of this dtype"""
+    return (dtype, torch.float32) if dtype.itemsize < 4 else (dtype,)
 
 
 def _has_kind(conv: nn.Module, shape: Tuple[int, ...]) -> bool:
@@ -148,21 +153,25 @@ def fuses(block: nn.Module, x: torch.Tensor) -> bool:
         return False
     if torch.compiler.is_compiling():
         # Exporters write plain operations down, and other devices' compilers fuse them.
-        if torch.compiler.is_exporting() or LIBRARY is None or x.device.type != 'cpu':
+        if torch.compiler.is_exporting() or tail_cpu.LIBRARY is None or x.device.type != 'cpu':
             return False
     elif type(x) is not torch.Tensor and type(x) is not nn.Parameter or _is_watched():
         return False
     device, dtype = x.device, x.dtype
+    if device.type not in _DTYPES:
+        return False
     weight_dtypes: Tuple[torch.dtype, ...] = (dtype,)
     if torch.is_autocast_enabled(device.type):
         # Convolutions give this, and cast float32 weights to it.
         dtype = torch.get_autocast_dtype(device.type)
         weight_dtypes = (torch.float32, dtype)
-    if x.ndim != 4 or x.layout is not torch.strided or dtype not in _DTYPES.get(device.type, ()):
+    if x.ndim != 4 or x.layout is not torch.strided or dtype not in _DTYPES[device.type]:
         return False
-    norm_dtypes = (dtype, torch.float32)
+    norm_dtypes = _norm_dtypes(dtype)
     modules = block._modules
     names, norm, act = _parts(block)
+    if block._backward_hooks and not block._is_full_backward_hook:
+        return False  # they see the last operation of the block
     for name, cls in names:
         if not _is(modules[name], cls):
             return False
@@ -175,9 +184,17 @@ def fuses(block: nn.Module, x: torch.Tensor) -> bool:
         if not _is(downsample, nn.Sequential):
             return False
         for m in downsample._modules.values():
-            if type(m) not in _DOWNSAMPLE or not _is(m, type(m)):
+            # Here it runs before the tail, in timm after it: it may not fail, nor be the tail's.
+            if type(m) is nn.BatchNorm2d:
+                if m is norm or not _is_norm(m, device, norm_dtypes):
+                    return False
+            elif type(m) is nn.Conv2d:
+                if not _is(m, nn.Conv2d) or not _are_plain(
+                        [p for p in m._parameters.values() if p is not None], device, weight_dtypes):
+                    return False
+            elif type(m) not in _DOWNSAMPLE or not _is(m, type(m)):
                 return False
-    return drop_path is None or _is(drop_path, DropPath)
+    return drop_path is None or _is(drop_path, DropPath) and 0 <= drop_path.drop_prob <= 1
 
 
 def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
@@ -204,8 +221,8 @@ def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
 
 def _normalizes_in_place(m: nn.Module, previous: nn.Module, x: torch.Tensor) -> bool:
     return (
-        type(m) is nn.BatchNorm2d and type(previous) is nn.Conv2d and not m.training
-        and _is_norm(m, x.device, (x.dtype, torch.float32)) and m.weight.shape[0] == x.shape[1] and x.numel() > 0
+        type(x) is torch.Tensor and type(m) is nn.BatchNorm2d and type(previous) is nn.Conv2d and not m.training
+        and _is_norm(m, x.device, _norm_dtypes(x.dtype)) and m.weight.shape[0] == x.shape[1] and x.numel() > 0
         and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)))
 
 
@@ -219,7 +236,7 @@ def forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     channel, spatial = se.channel, se.spatial
     bn = spatial.bn if type(spatial.bn) is nn.BatchNorm2d else None
     fits = (
-        x.shape[1:2] == norm.weight.shape and x.numel() > x.shape[1]
+        type(x) is torch.Tensor and x.shape[1:2] == norm.weight.shape and x.numel() > x.shape[1]
         and (bn is None or not bn.training or x.numel() > x.shape[1]))  # more than one value in training
     if not fits:
         x = se(norm(x))

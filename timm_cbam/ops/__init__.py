@@ -1,4 +1,5 @@
 """The tail of a CBAM residual block as one operator"""
+from . import tail_cpu
 from .tail import Tail, cbam_tail, cbam_tail_ref, norm_relu_
 
-__all__ = ['Tail', 'cbam_tail', 'cbam_tail_ref', 'norm_relu_']
+__all__ = ['Tail', 'cbam_tail', 'cbam_tail_ref', 'norm_relu_', 'tail_cpu']

@@ -57,8 +57,8 @@ class Tail(NamedTuple):
 
 class Results(NamedTuple):
     """What the forward pass leaves for the backward pass, in the dtype of accumulation."""
-    stats: torch.Tensor  # (3, C) mean and (biased) variance of the batch-norm, and its bias, which may change later
-    bn_stats: torch.Tensor  # (3, 1) of the spatial attention's
+    stats: torch.Tensor  # (4, C) mean and (biased) variance, weight and bias of the batch-norm as they are now
+    bn_stats: torch.Tensor  # (4, 1) of the spatial attention's
     space: torch.Tensor  # (3, B, C) average, maximum and minimum of x over space
     hidden: torch.Tensor  # (2, B, R) of the MLP before its activation, for average and maximum
     mc: torch.Tensor  # (B, C)
@@ -86,7 +86,7 @@ def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
 
 def result_shapes(x: torch.Tensor, p: Tail) -> Tuple[Tuple[int, ...], ...]:
     b, c, h, w = x.shape
-    return (3, c), (3, 1), (3, b, c), (2, b, p.fc1_weight.shape[0]), (b, c), (b, 2, h, w), (b, 1, h, w)
+    return (4, c), (4, 1), (3, b, c), (2, b, p.fc1_weight.shape[0]), (b, c), (b, 2, h, w), (b, 1, h, w)
 
 
 def dense(t: torch.Tensor, x: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -196,51 +196,63 @@ def _nothing(*args):
     pass
 
 
-def _setup_context(ctx, inputs, output):
-    x, shortcut, *parameters = inputs
-    out, *results = output
-    ctx.mark_non_differentiable(*results)
+def _save(ctx, x, out, parameters, results) -> None:
     ctx.set_materialize_grads(False)
-    # As in the plain operations, a bias may be written to before the backward pass: its values are among the results. The
-    # running statistics may not, but only by the user.
-    ctx.save_for_backward(x, out, *(t for i, t in enumerate(parameters[:14]) if i not in _BIASES), *results)
+    # As with plain operations a bias may be written to before the backward pass, its values are among the results, and a
+    # running statistic may not, but by the operator itself.
+    tensors = [t for i, t in enumerate(parameters[:14]) if i not in _BIASES]
+    ctx.save_for_backward(x, out, *tensors, *results)
     ctx.biases = [parameters[i] for i in _BIASES]
     ctx.flags = parameters[14:]
 
 
+def _setup_context(ctx, inputs, output):
+    x, _, *parameters = inputs
+    out, *results = output
+    ctx.mark_non_differentiable(*results)
+    # Compiled code writes to the running statistics where everybody sees it.
+    _save(ctx, x, out, Tail(*parameters)._replace(mean=None, var=None, bn_mean=None, bn_var=None), results)
+
+
 def _is_transformed(grad: torch.Tensor) -> bool:
-    """Whether the backward pass is itself differentiated, batched or traced, so that it has to consist of plain ones."""
+    """Whether the backward pass is itself differentiated, batched or traced, and has to consist of plain operations."""
     if torch.compiler.is_compiling():
-        return False
+        return torch.is_grad_enabled()
     return (
         torch.is_grad_enabled()
         or type(grad) is not torch.Tensor
-        or torch._C._functorch.is_functorch_wrapped_tensor(grad)
+        or torch._C._functorch.is_legacy_batchedtensor(grad)
         or torch._C._are_functorch_transforms_active()
         or torch.autograd.forward_ad._current_level >= 0)
 
 
 def _differentiate_reference(ctx, grad, x, out, p: Tail, r: Results) -> List[Optional[torch.Tensor]]:
     """Gradients in the order of the operator's arguments, by autograd"""
-    mean, var, _ = r.stats.to(p.weight.dtype)
+    mean, var = r.stats[:2].to(p.weight.dtype)
     p = p._replace(mean=mean, var=var)
     if p.bn_weight is not None:
-        bn_mean, bn_var, _ = r.bn_stats.to(p.bn_weight.dtype)
+        bn_mean, bn_var = r.bn_stats[:2].to(p.bn_weight.dtype)
         p = p._replace(bn_mean=bn_mean, bn_var=bn_var)
     inputs = (x, None, *p[:14])
     wanted = [i for i, (t, needed) in enumerate(zip(inputs, ctx.needs_input_grad, strict=False)) if needed and i != 1]
-    g = torch.where(out <= 0, 0, grad)
     gradients: List[Optional[torch.Tensor]] = [None] * 20
-    gradients[1] = g
-    if wanted:
-        with torch.enable_grad(), torch.autocast(x.device.type, enabled=False):
-            # views: what is wanted are derivatives with respect to these, not to what they were computed from
-            views = {i: inputs[i].view_as(inputs[i]) for i in wanted}
-            branch = _branch_ref(views.get(0, x), Tail(*(views.get(i + 2, t) for i, t in enumerate(p))))
-            found = torch.autograd.grad(
-                branch, list(views.values()), g, create_graph=torch.is_grad_enabled(), allow_unused=True)
-        for i, gradient in zip(wanted, found, strict=True):
-            gradients[i] = gradient
+    gradients[1] = g = torch.ops.aten.threshold_backward(grad, out, 0)
+
+    def branch(*values: torch.Tensor) -> torch.Tensor:
+        given = dict(zip(wanted, values, strict=True))
+        return _branch_ref(given.get(0, x), Tail(*(given.get(i + 2, t) for i, t in enumerate(p))))
+
+    with torch.autocast(x.device.type, enabled=False):
+        if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            found = torch.func.vjp(branch, *(inputs[i] for i in wanted))[1](g)
+        else:
+            create_graph = torch.is_grad_enabled()
+            with torch.enable_grad():
+                # views: what is wanted are derivatives with respect to these, not to what they were computed from
+                views = [inputs[i].view_as(inputs[i]) for i in wanted]
+                found = torch.autograd.grad(branch(*views), views, g, create_graph=create_graph) if wanted else ()
+    for i, gradient in zip(wanted, found, strict=True):
+        gradients[i] = gradient
     return gradients
 
 
@@ -263,8 +275,43 @@ def _autograd_backward(ctx, grad, *_):
     return d.x, d.shortcut, *gradients, *(None,) * 7
 
 
+def _update(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
+    """In double and unseen by autograd, as PyTorch does"""
+    new = momentum * value.double() + (1 - momentum) * running.double()
+    (running if torch.compiler.is_compiling() else running.data).copy_(new)
+
+
+@torch.no_grad()
+def _update_running(p: Tail, r: Results, numel: int, momentum: float, bn_momentum: float) -> None:
+    """Running statistics of what is in training; `numel` is of the map."""
+    for training, mean, var, stats, factor in (
+            (p.training, p.mean, p.var, r.stats, momentum), (p.bn_training, p.bn_mean, p.bn_var, r.bn_stats, bn_momentum)):
+        if training:
+            n = numel // p.weight.shape[0]
+            _update(mean, stats[0], factor)
+            _update(var, stats[1].double() * (n / (n - 1)), factor)
+
+
+class TailFn(torch.autograd.Function):
+    """The operator in eager mode, which updates running statistics where PyTorch's batch-norm does, before anything is
+    saved for the backward pass: torch.utils.checkpoint may end the second forward pass there."""
+
+    @staticmethod
+    def forward(ctx, x, shortcut, *args):
+        *parameters, momentum, bn_momentum = args
+        x = dense(x)
+        out, *results = _forward(x, shortcut, *parameters)
+        _update_running(Tail(*parameters), Results(*results), x.numel(), momentum, bn_momentum)
+        _save(ctx, x, out, parameters, results)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *_autograd_backward(ctx, grad), None, None
+
+
 def _define() -> torch.library.Library:
-    # Not by torch.library.custom_op, which looks for its caller among all modules: half the time of importing timm_cbam.
+    # Not by torch.library.custom_op, which looks for its caller among all modules: half the time of an import.
     library = torch.library.Library('timm_cbam', 'FRAGMENT')
     for name, schema in _SCHEMAS.items():
         library.define(name + schema)
@@ -280,18 +327,6 @@ def _define() -> torch.library.Library:
 
 # A process that imports timm_cbam anew (notebooks do) finds the operators of the first time.
 _LIBRARY = None if hasattr(torch.ops.timm_cbam, 'tail') else _define()
-
-
-def _update(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
-    """In double and unseen by autograd, as PyTorch does"""
-    new = momentum * value.double() + (1 - momentum) * running.double()
-    (running if torch.compiler.is_compiling() else running.data).copy_(new)
-
-
-@torch.no_grad()
-def _update_running(mean: torch.Tensor, var: torch.Tensor, stats: torch.Tensor, n: int, momentum: float) -> None:
-    _update(mean, stats[0], momentum)
-    _update(var, stats[1].double() * (n / (n - 1)), momentum)
 
 
 def cbam_tail(
@@ -325,11 +360,10 @@ def cbam_tail(
             _infer(x, shortcut, *p)
         return x
     with torch.autocast(x.device.type, enabled=False):
-        out, stats, bn_stats, *_ = torch.ops.timm_cbam.tail(x, shortcut, *p)
-    if p.training:
-        _update_running(p.mean, p.var, stats, x.numel() // x.shape[1], momentum)
-    if p.bn_training:
-        _update_running(p.bn_mean, p.bn_var, bn_stats, x.numel() // x.shape[1], bn_momentum)
+        if not torch.compiler.is_compiling():
+            return TailFn.apply(x, shortcut, *p, momentum, bn_momentum)
+        out, *results = torch.ops.timm_cbam.tail(x, shortcut, *p)
+    _update_running(p, Results(*results), x.numel(), momentum, bn_momentum)
     return out
 
 

@@ -118,10 +118,11 @@ struct Args {
     double eps, bn_eps;
     const void *x, *shortcut;
     void* out;
-    const void *weight, *bias;
     void *mean, *var;  // (C,) of the batch-norm, computed here if collect
-    const void *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight;
-    void *bn_stats;      // (3,) mean and variance, computed here in training, and bias of the spatial batch-norm
+    const void *weight, *bias;
+    const void* slope;  // weight, or what has become of it before the backward pass: the factor of gradients
+    const void *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_slope;
+    void *bn_stats;      // (4,) mean and variance, computed here in training, weight and bias of the spatial batch-norm
     const void* factor;  // (B,) of the branch, stochastic depth
     // results that the backward pass needs
     void *space;   // (3, B, C) average, maximum and minimum of x over space
@@ -140,9 +141,9 @@ template <class T, class A, bool CL>
 struct Tail {
     const Args& a;
     const i64 B, C, H, W, P, HID, K, Q;
-    const A *weight, *bias, *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_weight, *factor;
+    const A *weight, *bias, *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_slope, *factor, *slope;
     A *mean, *var, *bn_stats, *avg, *maximum, *minimum, *hidden, *mc, *pooled, *conv;
-    std::unique_ptr<A[]> memory;
+    std::unique_ptr<A[]> memory, gates;  // gates: ms, (B, P)
     A *scale, *shift, *invstd;
     static constexpr A INF = std::numeric_limits<A>::infinity();
 
@@ -151,7 +152,7 @@ struct Tail {
         auto small = [](const void* p) { return static_cast<const A*>(p); };
         weight = small(a.weight), bias = small(a.bias);
         fc1 = small(a.fc1), fc1_bias = small(a.fc1_bias), fc2 = small(a.fc2), fc2_bias = small(a.fc2_bias);
-        kernel = small(a.kernel), bn_weight = small(a.bn_weight), factor = small(a.factor);
+        kernel = small(a.kernel), bn_slope = small(a.bn_slope), slope = small(a.slope), factor = small(a.factor);
         mean = static_cast<A*>(a.mean), var = static_cast<A*>(a.var), bn_stats = static_cast<A*>(a.bn_stats);
         avg = static_cast<A*>(a.space), maximum = avg + B * C, minimum = maximum + B * C;
         hidden = static_cast<A*>(a.hidden), mc = static_cast<A*>(a.mc);
@@ -248,14 +249,25 @@ struct Tail {
     void pool_rows(i64 begin, i64 end) {
         for (i64 i = begin; i < end; i++) {
             const T* R x = static_cast<const T*>(a.x) + i * P;
-            A sum = 0, high = -INF, low = INF;
-#pragma omp simd reduction(+ : sum) reduction(max : high) reduction(min : low)
-            for (i64 p = 0; p < P; p++) {
-                A v = static_cast<A>(x[p]);
-                sum += v;
-                high = high > v ? high : v;
-                low = low < v ? low : v;
-            }
+            constexpr i64 N = 2 * LANES;
+            A sums[N] = {}, highs[N], lows[N];
+            std::fill(highs, highs + N, -INF);
+            std::fill(lows, lows + N, INF);
+            auto add = [&](i64 p, i64 lanes) {
+#pragma omp simd
+                for (i64 l = 0; l < lanes; l++) {
+                    const A v = static_cast<A>(x[p + l]);
+                    sums[l] += v;
+                    highs[l] = highs[l] > v ? highs[l] : v;
+                    lows[l] = lows[l] < v ? lows[l] : v;
+                }
+            };
+            i64 p = 0;
+            for (; p + N <= P; p += N) add(p, N);
+            if (p < P) add(p, P - p);
+            const A sum = reduce<N>(sums, [](A u, A v) { return u + v; });
+            A high = reduce<N>(highs, [](A u, A v) { return u > v ? u : v; });
+            A low = reduce<N>(lows, [](A u, A v) { return u < v ? u : v; });
             if (sum != sum)
                 for (i64 p = 0; p < P; p++)
                     if (A v = static_cast<A>(x[p]); v != v) high = low = v;
@@ -375,18 +387,10 @@ struct Tail {
                 A *R sum = pooled + 2 * b * P + p0, *R high = sum + P;
                 const A* R gate = mc + b * C;
                 if (CL) {
-                    const T* R x = map(a.x, b) + p0 * C;
-                    for (i64 p = 0; p < m; p++, x += C) {
-                        A t = 0, h = -INF;
-#pragma omp simd reduction(+ : t) reduction(max : h)
-                        for (i64 c = 0; c < C; c++) {
-                            A v = norm(static_cast<A>(x[c]), scale[c], shift[c]) * gate[c];
-                            t += v;
-                            h = h > v ? h : v;
-                        }
-                        sum[p] = t;
-                        high[p] = h;
-                    }
+                    const T* x = map(a.x, b) + p0 * C;
+                    i64 p = 0;
+                    for (; p + 4 <= m; p += 4) pool_pixels<4>(x + p * C, gate, sum + p, high + p);
+                    for (; p < m; p++) pool_pixels<1>(x + p * C, gate, sum + p, high + p);
                 } else {
                     const T* R x = map(a.x, b) + p0;
                     for (i64 p = 0; p < m; p++) sum[p] = 0, high[p] = -INF;
@@ -421,6 +425,38 @@ struct Tail {
             }
         });
     }
+    // Channels-last: N pixels at a time, which share what is loaded per channel and the sums over the lanes at the end
+    template <int N>
+    void pool_pixels(const T* R x, const A* R gate, A* R sum, A* R high) const {
+        A t[N][LANES] = {}, h[N][LANES];
+        for (int n = 0; n < N; n++)
+            for (i64 l = 0; l < LANES; l++) h[n][l] = -INF;
+        auto add = [&](i64 c, i64 lanes) {
+            for (int n = 0; n < N; n++) {
+#pragma omp simd
+                for (i64 l = 0; l < lanes; l++) {
+                    const A v = norm(static_cast<A>(x[n * C + c + l]), scale[c + l], shift[c + l]) * gate[c + l];
+                    t[n][l] += v;
+                    h[n][l] = h[n][l] > v ? h[n][l] : v;
+                }
+            }
+        };
+        i64 c = 0;
+        for (; c + LANES <= C; c += LANES) add(c, LANES);
+        if (c < C) add(c, C - c);
+        for (int n = 0; n < N; n++) {
+            sum[n] = reduce(t[n], [](A u, A v) { return u + v; });
+            high[n] = reduce(h[n], [](A u, A v) { return u > v ? u : v; });
+        }
+    }
+    // By halves, which the compiler does with few instructions
+    template <i64 N = LANES, class F>
+    static A reduce(A* lanes, F&& f) {
+        for (i64 half = N / 2; half; half /= 2)
+            for (i64 l = 0; l < half; l++) lanes[l] = f(lanes[l], lanes[l + half]);
+        return lanes[0];
+    }
+
     // The maximum over the channels where there may be NaN
     A largest(i64 b, i64 p) const {
         A high = -INF;
@@ -459,6 +495,7 @@ struct Tail {
                             }
                         std::copy(sum, sum + std::min(LANES, W - v), conv + b * P + y * W + v);
                     }
+                if (!a.bn_training) spatial_gate(b, y0 * W, y1 * W);
             }
         });
     }
@@ -473,53 +510,55 @@ struct Tail {
     }
     A bn_invstd() const { return static_cast<A>(1 / std::sqrt(static_cast<double>(bn_stats[1]) + a.bn_eps)); }
 
-    // ms of one sample, which stochastic depth scales
-    void spatial_gate(i64 b, A* R ms) const {
+    // ms of some pixels of a sample, scaled by stochastic depth
+    void spatial_gate(i64 b, i64 p0, i64 p1) {
         const A* R z = conv + b * P;
+        A* R ms = gates.get() + b * P;
         const A f = factor ? factor[b] : A(1);
-        if (bn_weight) {
-            const A m = bn_stats[0], k = bn_invstd() * bn_weight[0], d = bn_stats[2];
+        const A m = bn_slope ? bn_stats[0] : A(0), k = bn_slope ? bn_invstd() * bn_stats[2] : A(1);
+        const A d = bn_slope ? bn_stats[3] : A(0);
 #pragma omp simd
-            for (i64 p = 0; p < P; p++) ms[p] = sigmoid(mad(z[p] - m, k, d)) * f;
-        } else {
-#pragma omp simd
-            for (i64 p = 0; p < P; p++) ms[p] = sigmoid(z[p]) * f;
-        }
+        for (i64 p = p0; p < p1; p++) ms[p] = sigmoid(mad(z[p] - m, k, d)) * f;
     }
 
     void gate_add(i64 b0, i64 b1) {
-        std::unique_ptr<A[]> gates(new A[(b1 - b0) * P]);
-        par(b1 - b0, 1, [&](i64 s, i64 e) {
-            for (i64 b = s; b < e; b++) spatial_gate(b0 + b, &gates[b * P]);
-        });
-        par((b1 - b0) * (CL ? P : C), 16384 / (CL ? C : P), [&](i64 s, i64 e) {
-            for (i64 i = s; i < e; i++) {
-                const i64 b = b0 + i / (CL ? P : C);
-                const A *R gate = mc + b * C, *R ms = &gates[(b - b0) * P];
-                const i64 size = CL ? C : P, at = (b0 * (CL ? P : C) + i) * size;
-                const T *x = static_cast<const T*>(a.x) + at, *shortcut = static_cast<const T*>(a.shortcut) + at;
-                T* out = static_cast<T*>(a.out) + at;  // may be x
-                if (CL) {
-                    const A m = ms[i % P];
+        lines(b0, b1, [&](i64 b, i64 j, i64 at) {
+            const A *R gate = mc + b * C, *R ms = &gates[b * P];
+            const T *x = static_cast<const T*>(a.x) + at, *shortcut = static_cast<const T*>(a.shortcut) + at;
+            T* out = static_cast<T*>(a.out) + at;  // may be x
+            if (CL) {
+                const A m = ms[j];
 #pragma omp simd
-                    for (i64 c = 0; c < C; c++) {
-                        A f = norm(static_cast<A>(x[c]), scale[c], shift[c]) * gate[c];
-                        out[c] = static_cast<T>(relu(mad(f, m, static_cast<A>(shortcut[c]))));
-                    }
-                } else {
-                    const i64 c = i % C;
-                    const A k = scale[c], d = shift[c], q = gate[c];
+                for (i64 c = 0; c < C; c++) {
+                    const A f = norm(static_cast<A>(x[c]), scale[c], shift[c]) * gate[c];
+                    out[c] = static_cast<T>(relu(mad(f, m, static_cast<A>(shortcut[c]))));
+                }
+            } else {
+                const A k = scale[j], d = shift[j], q = gate[j];
 #pragma omp simd
-                    for (i64 p = 0; p < P; p++) {
-                        A f = norm(static_cast<A>(x[p]), k, d) * q;
-                        out[p] = static_cast<T>(relu(mad(f, ms[p], static_cast<A>(shortcut[p]))));
-                    }
+                for (i64 p = 0; p < P; p++) {
+                    const A f = norm(static_cast<A>(x[p]), k, d) * q;
+                    out[p] = static_cast<T>(relu(mad(f, ms[p], static_cast<A>(shortcut[p]))));
                 }
             }
         });
     }
 
+    // f(sample, channel or pixel, address) for all contiguous lines of the maps: rows of a channel or channels of a pixel
+    template <class F>
+    void lines(i64 b0, i64 b1, F&& f) {
+        const i64 n = CL ? P : C, size = CL ? C : P;
+        par((b1 - b0) * n, 16384 / size, [&](i64 s, i64 e) {
+            i64 b = b0 + s / n, j = s % n;
+            for (i64 i = s; i < e; i++) {
+                f(b, j, (b0 * n + i) * size);
+                if (++j == n) j = 0, b++;
+            }
+        });
+    }
+
     void forward() {
+        gates.reset(new A[B * P]);
         if (a.collect) collect();
         prepare();
         auto first = [&](i64 b0, i64 b1) {
@@ -532,6 +571,7 @@ struct Tail {
         if (a.bn_training) {
             samples(first);
             collect_bn();
+            for (i64 b = 0; b < B; b++) spatial_gate(b, 0, P);
             samples(second);
         } else {
             samples([&](i64 b0, i64 b1) { first(b0, b1), second(b0, b1); });
@@ -541,7 +581,7 @@ struct Tail {
     // ---- backward; names are those of tail.py
 
     struct Pixels {  // (B, P) each
-        A *ms, *dms, *ties, *davg, *dmax;
+        A *dms, *ties, *davg, *dmax;
     };
     struct Sums {  // over space, (B, C) each: of dF', of dF' * (x - mean), pixels at the maximum
         A *s0, *s1, *ties;
@@ -550,13 +590,11 @@ struct Tail {
     // g, dms and, as far as they do not depend on the gates' gradients, the sums
     void backward_a(i64 b0, i64 b1, const Pixels& px, const Sums& sums, A* parts) {
         const i64 size = chunk(), n = chunks();
-        par(b1 - b0, 1, [&](i64 s, i64 e) {
-            for (i64 b = b0 + s; b < b0 + e; b++) spatial_gate(b, px.ms + b * P);
-        });
+        for (i64 b = b0; b < b1; b++) spatial_gate(b, 0, P);
         par((b1 - b0) * n, 1, [&](i64 s, i64 e) {
             for (i64 i = s; i < e; i++) {
                 const i64 b = b0 + i / n, j = i % n, p0 = j * size, m = std::min(size, P - p0);
-                const A *R gate = mc + b * C, *R ms = px.ms + b * P + p0, *R high = pooled + (2 * b + 1) * P + p0;
+                const A *R gate = mc + b * C, *R ms = &gates[b * P] + p0, *R high = pooled + (2 * b + 1) * P + p0;
                 A *R dms = px.dms + b * P + p0, *R ties = px.ties + b * P + p0;
                 A *R s0 = parts + (b * n + j) * 3 * C, *R s1 = s0 + C, *R at_top = s1 + C;
                 if (CL) {
@@ -567,24 +605,12 @@ struct Tail {
                     std::unique_ptr<A[]> tops(new A[C]);
                     A* R top_f = tops.get();
                     for (i64 c = 0; c < C; c++) s0[c] = s1[c] = at_top[c] = 0, top_f[c] = pooled_max(b, c);
-                    for (i64 p = 0; p < m; p++, x += C, grad += C, out += C, g += C) {
-                        const A gate_p = ms[p], high_p = high[p];
-                        A t = 0, count = 0;
-#pragma omp simd reduction(+ : t, count)
-                        for (i64 c = 0; c < C; c++) {
-                            const A v = static_cast<A>(x[c]);
-                            const A q = static_cast<A>(out[c]) <= 0 ? A(0) : static_cast<A>(grad[c]);
-                            g[c] = static_cast<T>(q);
-                            const A f = norm(v, scale[c], shift[c]), gated = f * gate[c];
-                            t += q * gated;
-                            count += gated == high_p ? A(1) : A(0);
-                            s0[c] += q * gate_p;
-                            s1[c] += q * gate_p * (v - mean[c]);
-                            at_top[c] += f == top_f[c] ? A(1) : A(0);
-                        }
-                        dms[p] = t;
-                        ties[p] = count;
-                    }
+                    const Channels channels{gate, top_f, s0, s1, at_top};
+                    i64 p = 0;
+                    for (; p + 4 <= m; p += 4)
+                        pixels_a<4>(x + p * C, grad + p * C, out + p * C, g + p * C, channels, ms + p, high + p, dms + p, ties + p);
+                    for (; p < m; p++)
+                        pixels_a<1>(x + p * C, grad + p * C, out + p * C, g + p * C, channels, ms + p, high + p, dms + p, ties + p);
                 } else {
                     for (i64 p = 0; p < m; p++) dms[p] = ties[p] = 0;
                     for (i64 c = 0; c < C; c++) {
@@ -622,14 +648,57 @@ struct Tail {
         });
     }
 
+    struct Channels {  // of one sample, (C,)
+        const A *gate, *top_f;
+        A *s0, *s1, *at_top;
+    };
+
+    // Channels-last: N pixels at a time, as in pool_pixels
+    template <int N>
+    void pixels_a(
+            const T* R x, const T* R grad, const T* R out, T* R g, const Channels& channels, const A* R ms, const A* R high,
+            A* R dms, A* R ties) const {
+        A t[N][LANES] = {}, count[N][LANES] = {};
+        const A *R gate = channels.gate, *R top_f = channels.top_f;
+        A *R s0 = channels.s0, *R s1 = channels.s1, *R at_top = channels.at_top;
+        auto add = [&](i64 c0, i64 lanes) {
+#pragma omp simd
+            for (i64 l = 0; l < lanes; l++) {
+                const i64 c = c0 + l;
+                A sum0 = 0, sum1 = 0, tops = 0;
+                for (int n = 0; n < N; n++) {
+                    const A v = static_cast<A>(x[n * C + c]);
+                    const A q = static_cast<A>(out[n * C + c]) <= 0 ? A(0) : static_cast<A>(grad[n * C + c]);
+                    g[n * C + c] = static_cast<T>(q);
+                    const A f = norm(v, scale[c], shift[c]), gated = f * gate[c];
+                    t[n][l] += q * gated;
+                    count[n][l] += gated == high[n] ? A(1) : A(0);
+                    sum0 += q * ms[n];
+                    sum1 += q * ms[n] * (v - mean[c]);
+                    tops += f == top_f[c] ? A(1) : A(0);
+                }
+                s0[c] += sum0;
+                s1[c] += sum1;
+                at_top[c] += tops;
+            }
+        };
+        i64 c = 0;
+        for (; c + LANES <= C; c += LANES) add(c, LANES);
+        if (c < C) add(c, C - c);
+        for (int n = 0; n < N; n++) {
+            dms[n] = reduce(t[n], [](A u, A v) { return u + v; });
+            ties[n] = reduce(count[n], [](A u, A v) { return u + v; });
+        }
+    }
+
     // dms to the gradient of the spatial batch-norm's output, in place
     void backward_sigmoid(i64 b0, i64 b1, const Pixels& px) {
         for (i64 b = b0; b < b1; b++) {
             const A f = factor ? factor[b] : A(1);
             A *R dms = px.dms + b * P;
             const A* R z = conv + b * P;
-            const A m = bn_weight ? bn_stats[0] : A(0), k = bn_weight ? bn_invstd() * bn_weight[0] : A(1);
-            const A d = bn_weight ? bn_stats[2] : A(0);
+            const A m = bn_slope ? bn_stats[0] : A(0), k = bn_slope ? bn_invstd() * bn_stats[2] : A(1);
+            const A d = bn_slope ? bn_stats[3] : A(0);
 #pragma omp simd
             for (i64 p = 0; p < P; p++) {
                 const A gate = sigmoid(mad(z[p] - m, k, d));
@@ -644,7 +713,7 @@ struct Tail {
         for (i64 i = 0; i < B * P; i++) s0 += px.dms[i], s1 += px.dms[i] * ((conv[i] - m) * inv);
         A* dbn = static_cast<A*>(a.dbn);
         dbn[0] = static_cast<A>(s1), dbn[1] = static_cast<A>(s0);
-        const A k = bn_weight[0] * inv, n = static_cast<A>(B * P);
+        const A k = bn_slope[0] * inv, n = static_cast<A>(B * P);
         const A k0 = a.bn_training ? static_cast<A>(s0) / n : A(0), k1 = a.bn_training ? static_cast<A>(s1) / n : A(0);
         for (i64 i = 0; i < B * P; i++) px.dms[i] = k * (px.dms[i] - k0 - (conv[i] - m) * inv * k1);
     }
@@ -723,16 +792,9 @@ struct Tail {
                 A *R s0 = parts + (b * n + j) * 3 * C, *R s1 = s0 + C;
                 const T* R x = map(a.x, b) + p0 * C;
                 for (i64 c = 0; c < C; c++) s0[c] = s1[c] = 0;
-                for (i64 p = p0; p < p1; p++, x += C) {
-                    const A avg_p = davg[p], max_p = dmax[p], high_p = high[p];
-#pragma omp simd
-                    for (i64 c = 0; c < C; c++) {
-                        const A v = static_cast<A>(x[c]);
-                        const A u = avg_p + (norm(v, scale[c], shift[c]) * gate[c] == high_p ? max_p : A(0));
-                        s0[c] += u;
-                        s1[c] += u * (v - mean[c]);
-                    }
-                }
+                i64 p = p0;
+                for (; p + 4 <= p1; p += 4, x += 4 * C) pixels_b<4>(x, gate, davg + p, dmax + p, high + p, s0, s1);
+                for (; p < p1; p++, x += C) pixels_b<1>(x, gate, davg + p, dmax + p, high + p, s0, s1);
             }
         });
         par((b1 - b0) * C, 4096, [&](i64 s, i64 e) {
@@ -744,6 +806,23 @@ struct Tail {
                 }
             }
         });
+    }
+
+    template <int N>
+    void pixels_b(
+            const T* R x, const A* R gate, const A* R davg, const A* R dmax, const A* R high, A* R s0, A* R s1) const {
+#pragma omp simd
+        for (i64 c = 0; c < C; c++) {
+            A sum0 = 0, sum1 = 0;
+            for (int n = 0; n < N; n++) {
+                const A v = static_cast<A>(x[n * C + c]);
+                const A u = davg[n] + (norm(v, scale[c], shift[c]) * gate[c] == high[n] ? dmax[n] : A(0));
+                sum0 += u;
+                sum1 += u * (v - mean[c]);
+            }
+            s0[c] += sum0;
+            s1[c] += sum1;
+        }
     }
 
     // The gradients of the MLP's weights, and of F's average and maximum over space, (2, B, C)
@@ -835,13 +914,14 @@ struct Tail {
                 dweight[c] = static_cast<A>(s1) * invstd[c];
                 dbias[c] = static_cast<A>(s0);
                 const A n = static_cast<A>(B * P);
-                const A k0 = a.training ? scale[c] * static_cast<A>(s0) / n : A(0);
-                const A k1 = a.training ? scale[c] * invstd[c] * invstd[c] * static_cast<A>(s1) / n : A(0);
+                const A k = slope[c] * invstd[c];
+                const A k0 = a.training ? k * static_cast<A>(s0) / n : A(0);
+                const A k1 = a.training ? k * invstd[c] * invstd[c] * static_cast<A>(s1) / n : A(0);
                 for (i64 b = 0; b < B; b++) {
                     const i64 i = b * C + c;
-                    f.gate[i] = scale[c] * mc[i];
-                    f.tie[i] = scale[c] * dpooled[B * C + i] / sums.ties[i];
-                    f.rest[i] = scale[c] * dpooled[i] / static_cast<A>(P) - k0;
+                    f.gate[i] = k * mc[i];
+                    f.tie[i] = k * dpooled[B * C + i] / sums.ties[i];
+                    f.rest[i] = k * dpooled[i] / static_cast<A>(P) - k0;
                     f.centred[i] = -k1;
                 }
             }
@@ -849,43 +929,33 @@ struct Tail {
     }
 
     void backward_c(const Pixels& px, const Factors& f) {
-        par(B * (CL ? P : C), 16384 / (CL ? C : P), [&](i64 s, i64 e) {
-            std::unique_ptr<A[]> tops(new A[CL ? C : 1]);
-            i64 tops_of = -1;
-            for (i64 i = s; i < e; i++) {
-                const i64 b = i / (CL ? P : C);
-                const i64 at = i * (CL ? C : P);
-                const T *R x = static_cast<const T*>(a.x) + at, *R g = static_cast<const T*>(a.g) + at;
-                T* R dx = static_cast<T*>(a.dx) + at;
-                const A *R ms = px.ms + b * P, *R davg = px.davg + b * P, *R dmax = px.dmax + b * P;
-                const A* R high = pooled + (2 * b + 1) * P;
-                if (CL) {
-                    if (tops_of != b)
-                        for (i64 c = 0; c < C; c++) tops[c] = pooled_max(b, c);
-                    tops_of = b;
-                    const i64 p = i % P;
-                    const A ms_p = ms[p], avg_p = davg[p], max_p = dmax[p], high_p = high[p];
-                    const A *R q = mc + b * C, *R kg = f.gate + b * C, *R kt = f.tie + b * C, *R k0 = f.rest + b * C;
-                    const A *R k1 = f.centred + b * C, *R top_f = tops.get();
+        std::unique_ptr<A[]> tops(new A[B * C]);
+        for (i64 i = 0; i < B * C; i++) tops[i] = pooled_max(i / C, i % C);
+        lines(0, B, [&](i64 b, i64 j, i64 at) {
+            const T *R x = static_cast<const T*>(a.x) + at, *R g = static_cast<const T*>(a.g) + at;
+            T* R dx = static_cast<T*>(a.dx) + at;
+            const A *R ms = &gates[b * P], *R davg = px.davg + b * P, *R dmax = px.dmax + b * P;
+            const A* R high = pooled + (2 * b + 1) * P;
+            if (CL) {
+                const A ms_p = ms[j], avg_p = davg[j], max_p = dmax[j], high_p = high[j];
+                const A *R q = mc + b * C, *R top_f = &tops[b * C];
+                const A *R kg = f.gate + b * C, *R kt = f.tie + b * C, *R k0 = f.rest + b * C, *R k1 = f.centred + b * C;
 #pragma omp simd
-                    for (i64 c = 0; c < C; c++) {
-                        const A v = static_cast<A>(x[c]);
-                        const A value = norm(v, scale[c], shift[c]);
-                        const A u = mad(static_cast<A>(g[c]), ms_p, avg_p) + (value * q[c] == high_p ? max_p : A(0));
-                        dx[c] = static_cast<T>(
-                            mad(kg[c], u, mad(k1[c], v - mean[c], k0[c])) + (value == top_f[c] ? kt[c] : A(0)));
-                    }
-                } else {
-                    const i64 c = i % C;
-                    const A k = scale[c], d = shift[c], q = mc[i], centre = mean[c], top_f = pooled_max(b, c);
-                    const A kg = f.gate[i], kt = f.tie[i], k0 = f.rest[i], k1 = f.centred[i];
+                for (i64 c = 0; c < C; c++) {
+                    const A v = static_cast<A>(x[c]), value = norm(v, scale[c], shift[c]);
+                    const A u = mad(static_cast<A>(g[c]), ms_p, avg_p) + (value * q[c] == high_p ? max_p : A(0));
+                    const A tie = value == top_f[c] ? kt[c] : A(0);
+                    dx[c] = static_cast<T>(mad(kg[c], u, mad(k1[c], v - mean[c], k0[c])) + tie);
+                }
+            } else {
+                const i64 i = b * C + j;
+                const A k = scale[j], d = shift[j], q = mc[i], centre = mean[j], top_f = tops[i];
+                const A kg = f.gate[i], kt = f.tie[i], k0 = f.rest[i], k1 = f.centred[i];
 #pragma omp simd
-                    for (i64 p = 0; p < P; p++) {
-                        const A v = static_cast<A>(x[p]);
-                        const A value = norm(v, k, d);
-                        const A u = mad(static_cast<A>(g[p]), ms[p], davg[p]) + (value * q == high[p] ? dmax[p] : A(0));
-                        dx[p] = static_cast<T>(mad(kg, u, mad(k1, v - centre, k0)) + (value == top_f ? kt : A(0)));
-                    }
+                for (i64 p = 0; p < P; p++) {
+                    const A v = static_cast<A>(x[p]), value = norm(v, k, d);
+                    const A u = mad(static_cast<A>(g[p]), ms[p], davg[p]) + (value * q == high[p] ? dmax[p] : A(0));
+                    dx[p] = static_cast<T>(mad(kg, u, mad(k1, v - centre, k0)) + (value == top_f ? kt : A(0)));
                 }
             }
         });
@@ -894,10 +964,11 @@ struct Tail {
     void backward() {
         prepare();
         const i64 taps = 2 * K * K, parts_size = B * chunks() * 3 * C;
-        std::unique_ptr<A[]> scratch(new A[5 * B * P + 9 * B * C + B * taps + parts_size]);
+        std::unique_ptr<A[]> scratch(new A[4 * B * P + 9 * B * C + B * taps + parts_size]);
         A* next = scratch.get();
         auto take = [&](i64 n) { return std::exchange(next, next + n); };
-        const Pixels px{take(B * P), take(B * P), take(B * P), take(B * P), take(B * P)};
+        const Pixels px{take(B * P), take(B * P), take(B * P), take(B * P)};
+        gates.reset(new A[B * P]);
         const Sums sums{take(B * C), take(B * C), take(B * C)};
         const Factors f{take(B * C), take(B * C), take(B * C), take(B * C)};
         A *dpooled = take(2 * B * C), *dkernels = take(B * taps), *parts = take(parts_size);
@@ -909,7 +980,7 @@ struct Tail {
             backward_conv(b0, b1, px, dkernels);
             backward_b(b0, b1, px, sums, parts);
         };
-        if (bn_weight) {
+        if (bn_slope) {
             samples(first);
             backward_bn(px);
             samples(second);
@@ -929,23 +1000,21 @@ struct Tail {
     // Batch-norm in eval mode, and ReLU, in the place of the map
     void norm_relu(bool with_relu) {
         prepare();
-        par(B * (CL ? P : C), 16384 / (CL ? C : P), [&](i64 s, i64 e) {
-            for (i64 i = s; i < e; i++) {
-                T* R x = static_cast<T*>(a.out) + i * (CL ? C : P);
-                const A k = scale[CL ? 0 : i % C], d = shift[CL ? 0 : i % C], least = with_relu ? A(0) : -INF;
-                const i64 n = CL ? C : P;
-                if (CL) {
+        const A least = with_relu ? A(0) : -INF;
+        lines(0, B, [&](i64, i64 j, i64 at) {
+            T* R x = static_cast<T*>(a.out) + at;
+            if (CL) {
 #pragma omp simd
-                    for (i64 j = 0; j < n; j++) {
-                        A v = norm(static_cast<A>(x[j]), scale[j], shift[j]);
-                        x[j] = static_cast<T>(v <= least ? least : v);
-                    }
-                } else {
+                for (i64 c = 0; c < C; c++) {
+                    const A v = norm(static_cast<A>(x[c]), scale[c], shift[c]);
+                    x[c] = static_cast<T>(v <= least ? least : v);
+                }
+            } else {
+                const A k = scale[j], d = shift[j];
 #pragma omp simd
-                    for (i64 j = 0; j < n; j++) {
-                        A v = norm(static_cast<A>(x[j]), k, d);
-                        x[j] = static_cast<T>(v <= least ? least : v);
-                    }
+                for (i64 p = 0; p < P; p++) {
+                    const A v = norm(static_cast<A>(x[p]), k, d);
+                    x[p] = static_cast<T>(v <= least ? least : v);
                 }
             }
         });

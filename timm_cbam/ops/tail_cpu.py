@@ -24,8 +24,8 @@ class _Args(ctypes.Structure):
             'round_invstd')),
         *((name, ctypes.c_double) for name in ('eps', 'bn_eps')),
         *((name, ctypes.c_void_p) for name in (
-            'x', 'shortcut', 'out', 'weight', 'bias', 'mean', 'var', 'fc1', 'fc1_bias', 'fc2', 'fc2_bias', 'kernel',
-            'bn_weight', 'bn_stats', 'factor', 'space', 'hidden', 'mc', 'pooled', 'conv', 'grad', 'g', 'dx',
+            'x', 'shortcut', 'out', 'mean', 'var', 'weight', 'bias', 'slope', 'fc1', 'fc1_bias', 'fc2', 'fc2_bias', 'kernel',
+            'bn_slope', 'bn_stats', 'factor', 'space', 'hidden', 'mc', 'pooled', 'conv', 'grad', 'g', 'dx',
             'dweight', 'dbias', 'dfc1', 'dfc1_bias', 'dfc2', 'dfc2_bias', 'dkernel', 'dbn')),
     ]
 
@@ -47,8 +47,8 @@ class _Call:
             p.training and p.weight.dtype == torch.bfloat16, p.eps, p.bn_eps)
         self.set(
             x=x, **{name: self.small(t) for name, t in dict(
-                weight=p.weight, fc1=p.fc1_weight, fc1_bias=p.fc1_bias, fc2=p.fc2_weight,
-                fc2_bias=p.fc2_bias, kernel=p.conv_weight, bn_weight=p.bn_weight,
+                slope=p.weight, fc1=p.fc1_weight, fc1_bias=p.fc1_bias, fc2=p.fc2_weight,
+                fc2_bias=p.fc2_bias, kernel=p.conv_weight, bn_slope=p.bn_weight,
                 factor=p.factor).items()})
 
     def small(self, t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
@@ -62,7 +62,7 @@ class _Call:
 
     def set_results(self, r: Results) -> None:
         self.set(
-            mean=r.stats[0], var=r.stats[1], bias=r.stats[2], bn_stats=r.bn_stats, space=r.space, hidden=r.hidden, mc=r.mc,
+            mean=r.stats[0], var=r.stats[1], weight=r.stats[2], bias=r.stats[3], bn_stats=r.bn_stats, space=r.space, hidden=r.hidden, mc=r.mc,
             pooled=r.pooled, conv=r.conv)
 
     def run(self, name: str, *args: Any) -> None:
@@ -80,7 +80,8 @@ def _scratch(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list:
 def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail) -> Results:
     call = _Call(x, p)
     r = Results(*(x.new_empty(shape, dtype=call.dtype) for shape in result_shapes(x, p)))
-    r.stats[2] = p.bias
+    r.stats[2] = p.weight
+    r.stats[3] = p.bias
     if not p.training:
         r.stats[0] = p.mean
         r.stats[1] = p.var
@@ -89,7 +90,8 @@ def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail)
     else:  # PyTorch's own statistics, which are then the same in all bits
         r.stats[0], r.stats[1] = torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2]
     if p.bn_weight is not None:
-        r.bn_stats[2] = p.bn_bias
+        r.bn_stats[2] = p.bn_weight
+        r.bn_stats[3] = p.bn_bias
         if not p.bn_training:
             r.bn_stats[0] = p.bn_mean
             r.bn_stats[1] = p.bn_var
@@ -102,9 +104,10 @@ def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail)
 def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
     call = _Call(x, p)
     call.set_results(Results(*_scratch(result_shapes(x, p), call.dtype)))
-    call.set(shortcut=dense(shortcut, x), out=x, mean=call.small(p.mean), var=call.small(p.var), bias=call.small(p.bias))
+    call.set(shortcut=dense(shortcut, x), out=x, mean=call.small(p.mean), var=call.small(p.var), weight=call.small(p.weight),
+        bias=call.small(p.bias))
     if p.bn_weight is not None:
-        call.set(bn_stats=torch.cat([call.small(t) for t in (p.bn_mean, p.bn_var, p.bn_bias)]))
+        call.set(bn_stats=torch.cat([call.small(t) for t in (p.bn_mean, p.bn_var, p.bn_weight, p.bn_bias)]))
     call.run('cbam_forward')
 
 
@@ -129,7 +132,7 @@ def norm_relu(x, weight, bias, mean, var, eps: float, relu: bool) -> None:
     b, c, h, w = x.shape
     args = _Args(_DTYPES[x.dtype], not x.is_contiguous(), torch.get_num_threads(), b, c, h, w, 0, 1, eps=eps)
     dtype = accumulation_dtype(x)
-    small = [t.to(dtype) for t in (weight, bias, mean, var)]
+    small = [t.to(dtype).contiguous() for t in (weight, bias, mean, var)]
     args.out = x.data_ptr()
     args.weight, args.bias, args.mean, args.var = (t.data_ptr() for t in small)
     LIBRARY.cbam_norm_relu(ctypes.byref(args), ctypes.c_int64(relu))

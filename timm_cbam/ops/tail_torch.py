@@ -27,12 +27,12 @@ class Norm(NamedTuple):
 
 
 def _norm(stats: torch.Tensor, p: Tail) -> Norm:
-    mean, var, bias = stats
+    mean, var, weight, bias = stats
     if p.training:  # in double, and then of the parameters' dtype: as PyTorch
         invstd = (1 / (var.double() + p.eps).sqrt()).to(p.weight.dtype).to(stats.dtype)
     else:
         invstd = 1 / (var + p.eps).sqrt()
-    return Norm(mean, invstd, invstd * p.weight.to(stats.dtype), bias)
+    return Norm(mean, invstd, invstd * weight, bias)
 
 
 def _normalize(x: torch.Tensor, n: Norm, out: torch.Tensor) -> torch.Tensor:
@@ -174,7 +174,7 @@ def _spatial_gate(conv: torch.Tensor, bn_stats: torch.Tensor, p: Tail) -> Tuple[
         return conv.sigmoid(), conv, conv.new_ones(1)
     invstd = (bn_stats[1] + p.bn_eps).rsqrt()
     normal = (conv - bn_stats[0]) * invstd
-    return (normal * p.bn_weight.to(conv.dtype) + bn_stats[2]).sigmoid(), normal, invstd
+    return (normal * bn_stats[2] + bn_stats[3]).sigmoid(), normal, invstd
 
 
 def _matrices(p: Tail, dtype: torch.dtype):
@@ -187,17 +187,17 @@ def forward(
         x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail, steps: Type[Steps] = Steps) -> Results:
     dtype = accumulation_dtype(x)
     stats, space = steps.pool_space(x, p, dtype)
-    stats = torch.cat([stats, p.bias.to(dtype)[None]])
+    stats = torch.cat([stats, torch.stack([p.weight, p.bias]).to(dtype)])
     n = _norm(stats, p)
     w0, b0, w1, b1 = _matrices(p, dtype)
     hidden = F.linear(_pooled(n, space), w0, b0)
     mc = F.linear(hidden.relu().sum(0), w1, None if b1 is None else 2 * b1).sigmoid()
     pooled = steps.pool_channels(x, n, mc, out)
     conv = F.conv2d(pooled, p.conv_weight.to(dtype), padding=p.conv_weight.shape[-1] // 2)
-    bn_stats = conv.new_zeros(3, 1)
+    bn_stats = conv.new_zeros(4, 1)
     if p.bn_weight is not None:
         mean, var = (conv.mean(), conv.var(correction=0)) if p.bn_training else (p.bn_mean, p.bn_var)
-        bn_stats[0], bn_stats[1], bn_stats[2] = mean, var, p.bn_bias
+        bn_stats[0], bn_stats[1], bn_stats[2], bn_stats[3] = mean, var, p.bn_weight, p.bn_bias
     ms, _, _ = _spatial_gate(conv, bn_stats, p)
     if p.factor is not None:
         ms = ms * p.factor
@@ -249,12 +249,12 @@ def backward(
     dbias = (mc * s0 + davg_space + dmax_space).sum(0)
     dscale = (mc * s1 + davg_space * (avg - n.mean) + dmax_space * (at - n.mean)).sum(0)
     size = x[0, 0].numel()
-    k, k_centred = n.scale * davg_space / size, torch.zeros_like(mc)
+    slope = n.invstd * p.weight.to(dtype)  # as the weight is now, which may have changed
+    k, k_centred = slope * davg_space / size, torch.zeros_like(mc)
     if p.training:
-        k = k - n.scale * dbias / (len(x) * size)
-        k_centred = (-n.scale * n.invstd.square() * dscale / (len(x) * size)).expand_as(mc)
-    dx = steps.c(
-        x, g, n, mc, ms, davg, dmax, highest, index, top, n.scale * mc, n.scale * dmax_space, k_centred, k)
+        k = k - slope * dbias / (len(x) * size)
+        k_centred = (-slope * n.invstd.square() * dscale / (len(x) * size)).expand_as(mc)
+    dx = steps.c(x, g, n, mc, ms, davg, dmax, highest, index, top, slope * mc, slope * dmax_space, k_centred, k)
     empty = dx.new_empty(0, dtype=dtype)
     return Gradients(
         dx, g, dscale * n.invstd, dbias, dfc1.view_as(p.fc1_weight), empty if b0 is None else dhidden.sum((0, 1)),
