@@ -596,9 +596,9 @@ def test_model_equals_plain_operations(implementation, model, images, training, 
         fused_logits = copy.deepcopy(model)(images)
     with torch.no_grad(), plain_path():
         assert relative_error(fused_logits, copy.deepcopy(model)(images)) < 1e-11
-    assert any('timm_cbam' in name for name in nodes(model(images)))
+    assert any('Tail' in name for name in nodes(model(images)))
     with plain_path():
-        assert not any('timm_cbam' in name for name in nodes(model(images)))
+        assert not any('Tail' in name for name in nodes(model(images)))
     assert_equal_to_plain(model, images)
 
 
@@ -796,5 +796,5 @@ def test_trains_like_plain_operations(implementation):
     fused = curve()
     with plain_path():
         plain = curve()
-    assert fused[-10:].sum() < 0.5 * fused[:10].sum()
+    assert fused[-10:].sum() < 0.7 * fused[:10].sum()
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
