@@ -34,8 +34,9 @@ from timm.models import save_for_hf
 from torch import nn
 from tqdm import tqdm
 
-from timm_cbam import cbam_resnet
+from timm_cbam import fusion
 from timm_cbam.convert import convert
+from timm_cbam.ops import native, tail_cpu
 
 _SECONDS = 20  # that a damaged file may take
 _MIB = 1500  # that damaged files may add to the memory of the process
@@ -78,12 +79,11 @@ def _liven(model: nn.Module, generator: torch.Generator) -> None:
 
 @contextlib.contextmanager
 def _plain_operations() -> Iterator[None]:
-    fusable = cbam_resnet.is_fusable
-    cbam_resnet.is_fusable = lambda x: False
+    fused, fusion.FUSED = fusion.FUSED, False
     try:
         yield
     finally:
-        cbam_resnet.is_fusable = fusable
+        fusion.FUSED = fused
 
 
 def _run(model: nn.Module, x: torch.Tensor, training: bool) -> torch.Tensor:
@@ -276,7 +276,13 @@ def main() -> int:
     parser.add_argument('what', choices=('models', 'files'))
     parser.add_argument('--cases', type=int, default=10_000)
     parser.add_argument('--first', type=int, default=0, help='number of the first case')
+    parser.add_argument(
+        '--implementation', choices=('native', 'torch'), help='of fused operations; by default what there is')
     args = parser.parse_args()
+    if args.implementation == 'torch':
+        tail_cpu.supports = lambda x: False
+    elif args.implementation == 'native' and tail_cpu.LIBRARY is None:
+        parser.error(native.load()[1])
     warnings.simplefilter('ignore')
     logging.disable()
     counts, failures = collections.Counter(), 0

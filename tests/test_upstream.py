@@ -18,7 +18,7 @@ from timm_cbam.cbam_resnet import CbamBasicBlock, CbamBottleneck
 USED = (
     (torch.nn.ReLU(), ('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks'),
      'a module with hooks runs as it is (cbam_resnet.py)'),
-    (torch._C, ('_are_functorch_transforms_active',), 'torch.func gets plain operations (ops/cbam_residual.py)'),
+    (torch._C, ('_are_functorch_transforms_active',), 'torch.func gets plain operations (fusion.py)'),
     (torch.ops.aten.native_batch_norm, ('out',), 'batch-norm in place (ops/tail_cpu.py)'),
     (torch.ops.aten, ('threshold_backward',), 'gradient of the ReLU (ops/tail_cpu.py)'),
     (torch, ('_assert',), 'a check that scripting, tracing and compilers accept (layers.py)'),
@@ -42,7 +42,7 @@ def test_arguments_that_are_passed_to_resnet():
 @pytest.mark.parametrize('training', [False, True])
 def test_block_runs_as_timms_does(theirs, ours, training, monkeypatch):
     """Our blocks repeat the order of timm's in their forward."""
-    monkeypatch.setattr('timm_cbam.cbam_resnet.is_fusable', lambda x: False)
+    monkeypatch.setattr('timm_cbam.fusion.FUSED', False)
     outputs = []
     for block_class in (theirs, ours):
         torch.manual_seed(0)

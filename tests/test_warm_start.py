@@ -3,6 +3,7 @@ import functools
 import http.server
 import threading
 import zipfile
+from pathlib import Path
 
 import pytest
 import timm
@@ -14,6 +15,8 @@ from safetensors.torch import save as save_safetensors
 from safetensors.torch import save_file
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch.nn import functional as F
+
+from timm_cbam.ops import native
 
 
 def images(size=64, chans=3, dtype=torch.float32):
@@ -60,13 +63,51 @@ def test_cfg_names_the_first_convolution(name):
 def test_bitwise_equal(base, dtype, channels_last):
     theirs = plain(base)
     ours = warm(theirs.state_dict(), f'cbam_{base}')
+    assert_bitwise_equal(ours, theirs, images(), dtype, channels_last)
+
+
+def assert_bitwise_equal(ours, theirs, x, dtype, channels_last):
     memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    x = images(dtype=dtype).to(memory_format=memory_format)
+    x = x.to(dtype=dtype, memory_format=memory_format)
     for model in (theirs, ours):
         model.to(dtype=dtype, memory_format=memory_format)
     for training in (False, True):
-        assert torch.equal(ours.train(training)(x), theirs.train(training)(x))
+        with torch.no_grad():
+            assert torch.equal(ours.train(training)(x), theirs.train(training)(x))
+        assert torch.equal(ours(x), theirs(x))
     assert theirs(x).std() > 0
+
+
+# What a processor has to have for a SIMD level of PyTorch's.
+LEVELS = {'default': (), 'avx2': ('avx2', 'fma'), 'avx512': ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'fma')}
+
+
+@pytest.mark.parametrize('enabled', ['1', '0'], ids=['native', 'torch'])
+@pytest.mark.parametrize('level', list(LEVELS))
+def test_bitwise_equal_at_every_simd_level(level, enabled):
+    """By native loops where they were built, and by PyTorch's operations."""
+    cpu = Path('/proc/cpuinfo')
+    missing = set(LEVELS[level]) - set(cpu.read_text().split() if cpu.exists() else ())
+    if missing:
+        pytest.skip(f'this processor has no {missing}')
+    printed = run(f'''
+        import copy, sys
+        sys.path.insert(0, {str(Path(__file__).parent)!r})
+        import torch
+        from test_warm_start import assert_bitwise_equal, images, plain, warm
+        from timm_cbam.ops import tail_cpu
+        print(torch.backends.cpu.get_cpu_capability().lower(), tail_cpu.LIBRARY is not None)
+        for base in ('resnet18', 'resnet50'):
+            theirs = plain(base)
+            ours = warm(theirs.state_dict(), f'cbam_{{base}}')
+            for dtype in (torch.float32, torch.bfloat16, torch.float64):
+                for channels_last in (False, True):
+                    assert_bitwise_equal(copy.deepcopy(ours), copy.deepcopy(theirs), images(32), dtype, channels_last)
+    ''', ATEN_CPU_CAPABILITY=level, TIMM_CBAM_NATIVE=enabled)
+    found, by_library = printed.split()
+    assert found == level or not LEVELS[level]
+    file = Path(native.__file__).with_name(f'_tail_cpu_{level}.so')
+    assert by_library == str(enabled == '1' and file.exists() and native.load()[0] is not None)
 
 
 @pytest.mark.parametrize('kwargs', [
