@@ -13,9 +13,9 @@ curve: a picture of the losses of 200 training steps on scikit-learn's handwritt
 
 The networks of speed and memory are timm's ResNet without attention ("plain"), with timm's SE and CBAM, and with CBAM
 written as the article describes it, and ours module by module ("plain ops"), fused by PyTorch's operations as where no
-library was built ("torch ops"), and as it is installed ("ours"). `speed --all` runs all the rows of README's table in both
-memory formats, `--networks` chooses some of the networks. Nothing else should run on the machine: with fewer free cores
-than --threads, each of PyTorch's operations waits for the scheduler.
+library was built ("torch ops"), and as it is installed ("ours"). `speed --all` runs all the rows of README's table in
+both memory formats, `--networks` chooses some of the networks. Nothing else should run on the machine: with fewer free
+cores than --threads, each of PyTorch's operations waits for the scheduler.
 """
 import argparse
 import compileall

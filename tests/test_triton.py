@@ -1,4 +1,4 @@
-"""The Triton kernels: the same numbers as plain operations, on a GPU or in Triton's interpreter
+"""The operator by Triton kernels: what autograd finds for the reference, on a GPU or in Triton's interpreter
 
 Triton asks for the interpreter when it is imported, and other tests need it without. So where there is no GPU, the
 tests of this file run in a process of their own.
@@ -10,142 +10,240 @@ import sys
 import pytest
 import torch
 from helpers import run
-from timm_cbam.ops.cbam_residual import ChannelPoolFn, GateAddFn, SpatialPoolFn
 
-from timm_cbam.ops import cbam_residual_ref
+from timm_cbam.ops import Tail, cbam_tail, cbam_tail_ref, tail
 
 pytest.importorskip('triton')
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
 if DEVICE == 'cuda' or INTERPRETER:
-    from timm_cbam.ops.tail_triton import TritonTail
+    from timm_cbam.ops import tail_triton
 
 runs_kernels = pytest.mark.skipif(
     DEVICE == 'cpu' and not INTERPRETER, reason='without a GPU test_in_interpreter runs this')
 FORMATS = {'nchw': torch.contiguous_format, 'nhwc': torch.channels_last}
-# Relative, in the 2-norm. In low precision rounding decides now and then on the channel of a maximum.
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-CASES = [  # shape, training, relu
-    ((2, 16, 5, 7), True, True), ((2, 40, 8, 10), False, False), ((1, 17, 1, 13), False, True),
-    ((3, 33, 9, 1), True, False), ((2, 1, 3, 4), True, True), ((5, 7, 1, 1), True, True)]
+# Relative, in the 2-norm; in low precision at least the error of plain operations, in which rounding decides on maxima.
+TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.float16: 2e-2, torch.bfloat16: 5e-2}
+GRADIENTS = (
+    'x', 'shortcut', 'weight', 'bias', 'fc1_weight', 'fc1_bias', 'fc2_weight', 'fc2_bias', 'conv_weight', 'bn_weight',
+    'bn_bias')
+PLAIN, ALL = {}, dict(mlp_bias=True, norm=True, factor=True)
+CASES = [  # shape, hidden channels, what there is beside a plain block's, and which batch-norms are in training
+    ((2, 16, 5, 7), 3, PLAIN, True, False), ((2, 40, 8, 10), 5, ALL, False, True),
+    ((1, 17, 1, 13), 3, ALL, False, False), ((3, 33, 9, 1), 2, ALL, True, True),
+    ((2, 1, 3, 4), 1, PLAIN, True, False), ((5, 7, 1, 1), 2, ALL, True, False),
+    ((2, 70, 9, 10), 4, PLAIN, False, False)]  # the last one has several tiles in each direction
 
 
-@pytest.fixture
-def untuned():
-    """Tuning compiles all tiles, which takes seconds for each shape."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-def fused(x, shortcut, channel_gate, spatial_gate, weight, bias, running_mean, running_var, training, relu):
-    tail = TritonTail(relu, training)
-    mc = channel_gate(ChannelPoolFn.apply(tail, x, weight, bias, running_mean, running_var, 0.1, 1e-5))
-    ms = spatial_gate(SpatialPoolFn.apply(tail, x, mc))
-    return GateAddFn.apply(tail, x, mc, ms, shortcut)
-
-
-def run_chain(chain, tensors, training, relu, equal_channels=False):
-    """Output, running statistics and all gradients"""
-    t = {k: v.clone().requires_grad_(not k.startswith('running')) for k, v in tensors.items() if k != 'grad'}
-
-    def channel_gate(pooled):
-        logits = torch.relu(pooled @ t['w0'].T).sum(0) @ t['w1'].T
-        if equal_channels:
-            logits = logits[:, :1].expand_as(logits)
-        return torch.sigmoid(logits)[..., None, None]
-
-    def spatial_gate(pooled):
-        return torch.sigmoid(torch.nn.functional.conv2d(pooled, t['w7'], padding=3))
-
+@pytest.fixture(autouse=True)
+def triton_implementation(monkeypatch):
+    """Also for maps in the CPU's memory, where the interpreter works."""
+    if DEVICE == 'cuda' or INTERPRETER:
+        monkeypatch.setattr(tail, '_implementation', lambda x: tail_triton)
     with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
-        out = chain(
-            t['x'], t['shortcut'], channel_gate, spatial_gate, t['weight'], t['bias'], t['running_mean'],
-            t['running_var'], training=training, relu=relu)
-        out.backward(tensors['grad'])
-    return {'out': out.detach(), **{k: v.detach() if v.grad is None else v.grad for k, v in t.items()}}
+        yield
 
 
-def make_tensors(shape, dtype, memory_format):
-    b, c, h, w = shape
-    generator = torch.Generator().manual_seed(0)
+def make(shape, r=3, dtype=torch.float64, mlp_bias=False, norm=False, factor=False, deviations=0., seed=0):
+    """Tensors by name in float64, with the values of a lower precision. deviations: distance of x from 0."""
+    generator = torch.Generator().manual_seed(seed)
+    b, c, _, _ = shape
 
     def randn(*size):
-        return torch.randn(size, generator=generator)
-
-    def other_strides(t):  # neither of the two formats
-        return t.transpose(2, 3).contiguous().transpose(2, 3)
+        return torch.randn(size, generator=generator, dtype=torch.float64)
 
     shortcut = randn(*shape)
-    tensors = {
-        'x': (1.5 * randn(*shape) + randn(c, 1, 1)).contiguous(memory_format=memory_format),
+    tensors = dict(
+        x=randn(*shape) + deviations, grad=randn(*shape),
         # no sum near zero, where rounding would decide on the gradient
-        'shortcut': other_strides(shortcut + 3 * shortcut.sign()),
-        'grad': other_strides(randn(*shape)),
-        'w0': randn(5, c) / (c + 5) ** 0.5, 'w1': randn(c, 5) / 5, 'w7': randn(1, 2, 7, 7) / 7,
-        'weight': randn(c), 'bias': randn(c), 'running_mean': randn(c), 'running_var': 1 + randn(c) ** 2,
-    }
-    tensors['weight'][1::5] = 0
-    for k, t in tensors.items():  # batch-norm's parameters are not in low precision
-        is_map_or_gate = k in ('x', 'shortcut', 'grad', 'w0', 'w1', 'w7')
-        tensors[k] = t.to(DEVICE, dtype if is_map_or_gate else torch.promote_types(dtype, torch.float32))
-    return tensors
+        shortcut=shortcut + 3 * shortcut.sign(),
+        weight=randn(c), bias=randn(c), mean=randn(c) + deviations, var=randn(c).square() + 0.5,
+        fc1_weight=randn(r, c, 1, 1) / c ** 0.5, fc1_bias=randn(r) if mlp_bias else None,
+        fc2_weight=randn(c, r, 1, 1) / r ** 0.5, fc2_bias=randn(c) if mlp_bias else None,
+        conv_weight=randn(1, 2, 7, 7) / 7,
+        bn_weight=1 + randn(1).square() if norm else None, bn_bias=randn(1) if norm else None,
+        bn_mean=randn(1) if norm else None, bn_var=randn(1).square() + 0.5 if norm else None,
+        factor=torch.tensor([2., 0., 1.])[torch.arange(b) % 3].view(b, 1, 1, 1) if factor else None)
+    tensors['weight'][2::5] = 0
+    return {name: None if t is None else t.to(dtype).double() for name, t in tensors.items()}
 
 
-def check(tensors, training, relu, **kwargs):
-    expected = {k: t.cpu().double() for k, t in tensors.items()}
-    expected = run_chain(cbam_residual_ref, expected, training, relu, **kwargs)
-    actual = run_chain(fused, tensors, training, relu, **kwargs)
-    again = run_chain(fused, tensors, training, relu, **kwargs)
-    dtype = tensors['x'].dtype
-    assert actual['out'].dtype == actual['x'].dtype == dtype
+def compute(function, tensors, dtype, training, bn_training, memory_format=torch.contiguous_format, device=DEVICE):
+    """Output and gradients by name"""
+    t = {name: None if t is None else t.to(device, dtype, copy=True) for name, t in tensors.items()}
+    for name in ('x', 'shortcut', 'grad'):
+        t[name] = t[name].contiguous(memory_format=memory_format)
+    for name in ('shortcut', 'grad'):  # of neither format
+        t[name] = t[name].transpose(2, 3).contiguous().transpose(2, 3)
+    inputs = {name: t[name].requires_grad_() for name in GRADIENTS if t[name] is not None}
+    p = Tail(
+        **{name: t[name] for name in Tail._fields if name in t}, training=training, eps=1e-5, bn_training=bn_training,
+        bn_eps=1e-5)
+    out = function(t['x'], t['shortcut'], p)
+    gradients = torch.autograd.grad(out, list(inputs.values()), t['grad'])
+    return dict(zip(('out', *inputs), (out.detach(), *gradients), strict=True))
+
+
+def error(actual, expected):
+    return ((actual.cpu().double() - expected).norm() / (expected.norm() + 1e-30)).item()
+
+
+def check(tensors, dtype, training, bn_training=False, memory_format=torch.contiguous_format):
+    args = tensors, dtype, training, bn_training
+    expected = compute(cbam_tail_ref, tensors, torch.float64, training, bn_training, device='cpu')
+    plain = compute(cbam_tail_ref, *args, device='cpu') if dtype.itemsize == 2 else expected
+    actual = compute(cbam_tail, *args, memory_format)
     for name, a in actual.items():
-        assert torch.equal(a, again[name]), name
-        error = (a.cpu().double() - expected[name]).norm() / expected[name].norm().clamp(min=1e-6)
-        assert error < TOLERANCE[dtype], f'{name}: {error}'
+        assert a.dtype == dtype
+        limit = max(TOLERANCE[dtype], 1.25 * error(plain[name], expected[name]))
+        assert error(a, expected[name]) < limit, f'{name}: {error(a, expected[name])}'
     for name in ('out', 'x'):
-        for memory_format in FORMATS.values():
-            if tensors['x'].is_contiguous(memory_format=memory_format):
-                assert actual[name].is_contiguous(memory_format=memory_format)
+        assert actual[name].is_contiguous(memory_format=memory_format)
 
 
 @runs_kernels
 @pytest.mark.parametrize('memory_format', FORMATS)
-@pytest.mark.parametrize('dtype,shape,training,relu', [
+@pytest.mark.parametrize('dtype,shape,r,parts,training,bn_training', [
     (dtype, *case) for dtype in TOLERANCE for case in (CASES if dtype == torch.float32 else CASES[:2])])
-def test_equals_reference(dtype, shape, training, relu, memory_format, untuned):
-    check(make_tensors(shape, dtype, FORMATS[memory_format]), training, relu)
+def test_equals_reference(dtype, shape, r, parts, training, bn_training, memory_format):
+    check(make(shape, r, dtype, **parts), dtype, training, bn_training, FORMATS[memory_format])
 
 
 @runs_kernels
 @pytest.mark.parametrize('memory_format', FORMATS)
-@pytest.mark.parametrize('levels', [1, 3])
 @pytest.mark.parametrize('training', [True, False])
-def test_ties(training, levels, memory_format):
-    """The first channel of a maximum gets its gradient, pixels share it."""
-    tensors = make_tensors((2, 20, 6, 13), torch.float32, FORMATS[memory_format])
-    x = torch.randint(levels, (2, 20, 6, 13), generator=torch.Generator().manual_seed(1)).float()
-    tensors['x'] = x[:1, :1].expand_as(x).to(DEVICE).contiguous(memory_format=FORMATS[memory_format])
-    for k in ('weight', 'bias', 'running_mean', 'running_var'):
-        tensors[k] = tensors[k][-1:].repeat(20)
-    check(tensors, training, True, equal_channels=True)
+@pytest.mark.parametrize('channels,levels', [(10, 1000), (1, 1000), (1, 3), (1, 1)])
+def test_ties(channels, levels, training, memory_format):
+    """Equal channels share the gradient of a pixel's maximum, equal pixels that of a channel's."""
+    tensors = make((2, 20, 6, 13), 1)  # one hidden channel: no sums, whose order could make equal channels differ
+    x = torch.randint(levels, (2, 20, 6, 13), generator=torch.Generator().manual_seed(1))
+    tensors['x'] = 3 * x.double() / levels
+    tensors['weight'] = 1 + tensors['weight'].abs()
+    tensors['fc2_weight'] /= 10  # gates away from 1, near which there are no digits
+    for name in ('x', 'weight', 'bias', 'mean', 'var', 'fc2_weight'):
+        along = 1 if name == 'x' else 0
+        first = tensors[name].narrow(along, 0, channels)
+        tensors[name] = torch.cat([first] * (20 // channels), along)
+    check(tensors, torch.float64, training, memory_format=FORMATS[memory_format])
 
 
 @runs_kernels
-def test_nan():
-    tensors = make_tensors((2, 20, 3, 5), torch.float32, torch.contiguous_format)
-    x = tensors['x']
-    x[1, 18, 2, 1] = x[1, 19, 2, 1] = float('nan')
-    tail = TritonTail(True, False)
-    pooled = ChannelPoolFn.apply(
-        tail, x, *(tensors[k] for k in ('weight', 'bias', 'running_mean', 'running_var')), 0.1, 1e-5)
-    assert torch.equal(pooled.isnan(), x.isnan().any(3).any(2).expand(2, -1, -1))
-    pooled = SpatialPoolFn.apply(tail, x, torch.ones_like(x[..., :1, :1]))
-    assert torch.equal(pooled.isnan(), x.isnan().any(1, keepdim=True).expand_as(pooled))
-    assert tail.index[1, 0, 2, 1] == 18
-    out = tail.gate_add(x, torch.ones_like(x[..., :1, :1]), torch.ones_like(x[:, :1]), x)
-    assert torch.equal(out.isnan(), x.isnan())
+@pytest.mark.parametrize('scale', [-1., 0.])
+def test_ties_where_the_weight_is_not_positive(scale):
+    """The maximum of F is where x is smallest, or everywhere."""
+    tensors = make((2, 20, 6, 13))
+    tensors['x'] = tensors['x'].round()
+    tensors['weight'] = scale * tensors['weight'].abs()
+    check(tensors, torch.float64, True)
+
+
+@runs_kernels
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('training', [True, False])
+@pytest.mark.parametrize('value', [float('nan'), float('inf'), -float('inf')])
+def test_not_finite(value, training, memory_format):
+    """NaN and infinities are where the reference has them, also those of gradients."""
+    tensors = make((2, 20, 3, 5))
+    tensors['weight'] = 1 + tensors['weight'].abs()
+    for channel in (18, 19):
+        tensors['x'][1, channel, 2, 1] = value
+    args = tensors, torch.float64, training, False
+    expected = compute(cbam_tail_ref, *args, device='cpu')
+    actual = compute(cbam_tail, *args, FORMATS[memory_format])
+    for name, a in actual.items():
+        a, e = a.cpu(), expected[name]
+        assert torch.equal(a.isnan(), e.isnan()), name
+        assert torch.allclose(a, e, rtol=1e-9, equal_nan=True), name
+
+
+@runs_kernels
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize('deviations', [30., 100.])
+def test_far_from_zero(deviations, dtype, memory_format):
+    """Where the mean of x is large nothing is lost by cancellation: plain operations normalise, and then multiply."""
+    tensors = make((2, 40, 9, 10), 4, dtype, deviations=deviations)
+    expected = compute(cbam_tail_ref, tensors, torch.float64, True, False, device='cpu')
+    plain = compute(cbam_tail_ref, tensors, dtype, True, False, device='cpu')
+    actual = compute(cbam_tail, tensors, dtype, True, False, FORMATS[memory_format])
+    for name, a in actual.items():
+        limit = max(1.5 * error(plain[name], expected[name]), {torch.float32: 1e-6, torch.bfloat16: 1e-2}[dtype])
+        assert error(a, expected[name]) < limit, f'{name}: {error(a, expected[name])}'
+
+
+@runs_kernels
+@pytest.mark.parametrize('memory_format', FORMATS)
+def test_statistics(memory_format):
+    """Mean and variance of the batch, from the pass that pools."""
+    for shape, deviations, dtype in (
+            ((3, 33, 9, 10), 0., torch.float64), ((2, 17, 12, 13), 100., torch.float32),
+            ((4, 5, 1, 1), 0., torch.float32)):
+        tensors = make(shape, dtype=dtype, deviations=deviations)
+        x = tensors['x'].to(DEVICE, dtype).contiguous(memory_format=FORMATS[memory_format])
+        p = Tail(**{name: tensors[name] for name in Tail._fields if name in tensors}, training=True, eps=1e-5,
+                 bn_training=False, bn_eps=1e-5)
+        stats, space = tail_triton.TritonSteps.pool_space(x, p, dtype)
+        var, mean = torch.var_mean(tensors['x'], (0, 2, 3), correction=0)
+        flat = tensors['x'].flatten(2)
+        assert error(stats[0], mean) < 10 * torch.finfo(dtype).eps
+        assert error(stats[1], var) < 10 * torch.finfo(dtype).eps * (1 + deviations)
+        assert error(space, torch.stack([flat.mean(2), flat.amax(2), flat.amin(2)])) < 10 * torch.finfo(dtype).eps
+
+
+@runs_kernels
+@pytest.mark.parametrize('memory_format', FORMATS)
+def test_deterministic(memory_format):
+    tensors = make((2, 70, 9, 10), 4, torch.float32, **ALL)
+    first, second = (
+        compute(cbam_tail, tensors, torch.float32, True, True, FORMATS[memory_format]) for _ in range(2))
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@runs_kernels
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('dtype', TOLERANCE)
+def test_inference(dtype, memory_format):
+    """In the place of x, with the same bits."""
+    tensors = make((2, 40, 8, 10), dtype=dtype, **ALL)
+    t = {name: t.to(DEVICE, dtype) for name, t in tensors.items()}
+    p = Tail(
+        **{name: t[name] for name in Tail._fields if name in t}, training=False, eps=1e-5, bn_training=False,
+        bn_eps=1e-5)
+    x = t['x'].contiguous(memory_format=FORMATS[memory_format])
+    with torch.no_grad():
+        expected = cbam_tail(x, t['shortcut'], p)
+        out = cbam_tail(x, t['shortcut'], p, inplace=True)
+    assert out is x
+    assert torch.equal(out, expected)
+
+
+@runs_kernels
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('relu', [True, False])
+@pytest.mark.parametrize('parameters,maps', [
+    (torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.float16),
+    (torch.bfloat16, torch.bfloat16)])
+def test_norm_relu(parameters, maps, relu, memory_format):
+    tensors = make((2, 40, 9, 10), dtype=torch.bfloat16)
+    x = tensors['x'].to(DEVICE, maps).contiguous(memory_format=FORMATS[memory_format])
+    weight, bias, mean, var = (tensors[name] for name in ('weight', 'bias', 'mean', 'var'))
+    expected = torch.nn.functional.batch_norm(x.cpu().double(), mean, var, weight, bias, eps=1e-5)
+    tail_triton.norm_relu(x, *(t.to(DEVICE, parameters) for t in (weight, bias, mean, var)), 1e-5, relu)
+    assert x.is_contiguous(memory_format=FORMATS[memory_format])
+    precision = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 1e-2}[maps]
+    assert error(x, expected.relu() if relu else expected) < precision
+
+
+def test_tiles():
+    """Few different ones, as each of them is compiled."""
+    from timm_cbam.ops.tail_triton import _tile
+
+    for c, p in ((64, 56 * 56), (256, 56 * 56), (512, 28 * 28), (1024, 14 * 14), (2048, 49)):
+        assert _tile(c, p, False) == (32, 64)
+        assert _tile(c, p, True) == (64, 32)
+    assert _tile(1, 1, False) == (16, 16)
 
 
 @pytest.mark.slow
@@ -167,29 +265,28 @@ def test_compiles_for_gpu(tmp_path):
         from triton.compiler import ASTSource
         from timm_cbam.ops import tail_triton
 
-        MAPS = ('x', 'grad', 'out', 'g', 'shortcut', 'pooled', 'dx', 'top', 'mc', 'ms', 'davg', 'dmax')
+        MAPS = ('x', 'grad', 'out', 'g', 'shortcut', 'dx')
         VARIANTS = [  # type of maps, of sums and parameters, format, what the launcher knows to be constant
             ('*bf16', '*fp32', False, dict(RELU=True)),
             ('*bf16', '*fp32', True, dict(RELU=True)),
-            ('*fp16', '*fp32', False, dict(RELU=False, k_x_ptr=None, C=1)),
+            ('*fp16', '*fp32', False, dict(RELU=False, C=1)),
             ('*fp32', '*fp32', True, dict(RELU=True, P=1)),
             ('*fp64', '*fp64', True, dict(RELU=True)),
         ]
-        kernels = [k for k in vars(tail_triton).values() if isinstance(k, triton.runtime.Autotuner)]
-        assert len(kernels) == 6
+        kernels = [
+            k for k in vars(tail_triton).values()
+            if isinstance(k, triton.runtime.JITFunction) and 'BLOCK_C' in k.arg_names]
+        assert len(kernels) == 7
         for kernel in kernels:
             for maps, others, channels_last, known in VARIANTS:
-                config = tail_triton._candidates(kernel.configs, {}, CHANNELS_LAST=channels_last)[0]
-                constants = {**known, **config.kwargs, 'CHANNELS_LAST': channels_last}
+                block_c, block_p = tail_triton._tile(256, 784, channels_last)
+                constants = dict(known, EPS=1e-5, CHANNELS_LAST=channels_last, BLOCK_C=block_c, BLOCK_P=block_p)
                 constants = {k: v for k, v in constants.items() if k in kernel.arg_names}
-                signature = {}
-                for arg in kernel.arg_names:
-                    name = arg.removesuffix('_ptr')
-                    signature[arg] = (
-                        'constexpr' if arg in constants else 'i32' if name in ('C', 'P') else
-                        '*i32' if name in ('index', 'ties') else maps if name in MAPS else others)
-                source = ASTSource(fn=kernel.fn, signature=signature, constexprs=constants)
+                signature = {
+                    arg: 'constexpr' if arg in constants else 'i32' if arg in ('C', 'P') else
+                    maps if arg.removesuffix('_ptr') in MAPS else others for arg in kernel.arg_names}
+                source = ASTSource(fn=kernel, signature=signature, constexprs=constants)
                 for capability in (80, 90):
-                    target = GPUTarget('cuda', capability, 32)
-                    assert triton.compile(source, target, dict(num_warps=config.num_warps)).asm['cubin']
+                    compiled = triton.compile(source, GPUTarget('cuda', capability, 32))
+                    assert compiled.asm['cubin']
         ''', TRITON_INTERPRET='0', TRITON_CACHE_DIR=str(tmp_path))

@@ -7,7 +7,8 @@ that decides this, and :func:`forward` the only one that turns modules into argu
 """
 import os
 from importlib.util import find_spec
-from typing import Iterable, Optional, Tuple
+from itertools import zip_longest
+from typing import Dict, Iterable, Optional, Tuple
 
 import torch
 from timm.layers import DropPath
@@ -24,7 +25,8 @@ __all__ = ['forward', 'fuses']
 
 FUSED = os.environ.get('TIMM_CBAM_FUSED', '1') != '0'
 
-_DTYPES = {
+_Dtypes = Tuple[torch.dtype, ...]
+_DTYPES: Dict[str, _Dtypes] = {
     'cpu': (torch.float32, torch.float64, torch.bfloat16),
     'cuda': (torch.float32, torch.float16, torch.bfloat16) if find_spec('triton') else (),
 }
@@ -61,7 +63,7 @@ def _is(m: Optional[nn.Module], cls: type) -> bool:
         or d.get('_compiled_call_impl')) and _METHODS.isdisjoint(d)
 
 
-def _are_plain(tensors: Iterable[Optional[torch.Tensor]], device: torch.device, dtypes: Tuple[torch.dtype, ...]) -> bool:
+def _are_plain(tensors: Iterable[Optional[torch.Tensor]], device: torch.device, dtypes: _Dtypes) -> bool:
     """Whether these are ordinary tensors on the device, all of one of the dtypes."""
     found = None
     for t in tensors:
@@ -73,7 +75,7 @@ def _are_plain(tensors: Iterable[Optional[torch.Tensor]], device: torch.device, 
     return found in dtypes
 
 
-def _is_norm(m: Optional[nn.Module], device: torch.device, dtypes: Tuple[torch.dtype, ...]) -> bool:
+def _is_norm(m: Optional[nn.Module], device: torch.device, dtypes: _Dtypes) -> bool:
     if not _is(m, nn.BatchNorm2d) or m.momentum is None or not m.track_running_stats:
         return False
     parameters, buffers = m._parameters, m._buffers
@@ -82,7 +84,7 @@ def _is_norm(m: Optional[nn.Module], device: torch.device, dtypes: Tuple[torch.d
     return _are_plain(tensors, device, dtypes) and all(t.shape == tensors[0].shape for t in tensors)
 
 
-def _norm_dtypes(dtype: torch.dtype) -> Tuple[torch.dtype, ...]:
+def _norm_dtypes(dtype: torch.dtype) -> _Dtypes:
     """Of parameters with which PyTorch's batch-norm takes a map of this dtype"""
     return (dtype, torch.float32) if dtype.itemsize < 4 else (dtype,)
 
@@ -94,7 +96,14 @@ def _has_kind(conv: nn.Module, shape: Tuple[int, ...]) -> bool:
         and conv.padding == (shape[2] // 2, shape[3] // 2) and conv.groups == 1 and conv.padding_mode == 'zeros')
 
 
-def _is_attention(se: Optional[nn.Module], channels: int, device, weight_dtypes, norm_dtypes) -> bool:
+def _is_attention(
+        se: Optional[nn.Module],
+        channels: int,
+        device: torch.device,
+        weight_dtypes: _Dtypes,
+        norm_dtypes: _Dtypes,
+) -> bool:
+    """Whether this is the attention that the operator computes, with parameters of these dtypes."""
     if not _is(se, Cbam) or se.parallel or se.spatial_first:
         return False
     channel, spatial = se._modules['channel'], se._modules['spatial']
@@ -120,7 +129,7 @@ def _is_attention(se: Optional[nn.Module], channels: int, device, weight_dtypes,
 
 
 def _is_watched() -> bool:
-    """Whether something sees or transforms what is executed: hooks of all modules, modes, transforms, tracers, patches."""
+    """Whether something sees or transforms what is executed: global hooks, modes, transforms, tracers, patches."""
     if (
             nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
             or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks
@@ -136,7 +145,7 @@ def _is_watched() -> bool:
     return False
 
 
-def _parts(block: nn.Module):
+def _parts(block: nn.Module) -> Tuple[Tuple[Tuple[str, type], ...], nn.Module, nn.Module]:
     """Names and types up to the tail, the norm and act of the tail"""
     m = block._modules
     return (_BOTTLENECK, m['bn3'], m['act3']) if 'conv3' in m else (_BASIC, m['bn2'], m['act2'])
@@ -160,7 +169,7 @@ def fuses(block: nn.Module, x: torch.Tensor) -> bool:
     device, dtype = x.device, x.dtype
     if device.type not in _DTYPES:
         return False
-    weight_dtypes: Tuple[torch.dtype, ...] = (dtype,)
+    weight_dtypes: _Dtypes = (dtype,)
     if torch.is_autocast_enabled(device.type):
         # Convolutions give this, and cast float32 weights to it.
         dtype = torch.get_autocast_dtype(device.type)
@@ -207,14 +216,14 @@ def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
         for m in modules:
             x = m(x)
         return x
-    previous = None
-    for i, m in enumerate(modules):
+    previous, relu_is_done = None, False
+    for m, following in zip_longest(modules, modules[1:]):
         if previous is not None and _normalizes_in_place(m, previous, x):
-            relu = i + 1 < len(modules) and type(modules[i + 1]) is nn.ReLU
-            x = norm_relu_(x, m, relu)
-        elif not (type(m) is nn.ReLU and relu):
+            relu_is_done = type(following) is nn.ReLU
+            x = norm_relu_(x, m, relu_is_done)
+        elif not (type(m) is nn.ReLU and relu_is_done):
             x = m(x)
-            relu = False
+            relu_is_done = False
         previous = m
     return x
 

@@ -1,8 +1,8 @@
 """The tail of a CBAM residual block as one operator: batch-norm, CBAM, shortcut and ReLU
 
 What makes attention slow is not arithmetic but memory: maps that are written, read again, and kept for the backward
-pass. :func:`cbam_tail` computes what :func:`cbam_tail_ref` says in fewer passes over the maps, and keeps nothing of their
-size for the backward pass but x and its output, which a ResNet without attention keeps as well.
+pass. :func:`cbam_tail` computes what :func:`cbam_tail_ref` says in fewer passes over the maps, and keeps nothing of
+their size for the backward pass but x and its output, which a ResNet without attention keeps as well.
 
 With F = batch_norm(x), F' = F * mc and F'' = F' * ms (paper section 3, https://arxiv.org/abs/1807.06521):
 
@@ -14,7 +14,7 @@ F, F' and F'' follow from x, and so do their gradients. With g the gradient of t
 
     a: g, dms = sum_C g * F'          -> gradient of the convolution: davg, dmax per pixel
     b: dF' = g * ms + davg / C + dmax * [F' is the maximum] / ties, of which only sums over space are needed: of dF' and
-       of dF' * (x - mean); dmc = sum_HW dF' * F follows from them          -> gradient of the MLP: davg, dmax per channel
+       of dF' * (x - mean); dmc = sum_HW dF' * F follows from them       -> gradient of the MLP: davg, dmax per channel
     c: dF = dF' * mc + davg / HW + dmax * [F is the maximum] / ties, dx by batch-norm's rule
 
 Where a maximum is reached several times all of these places share its gradient equally, as with torch.amax.
@@ -198,8 +198,8 @@ def _nothing(*args):
 
 def _save(ctx, x, out, parameters, results) -> None:
     ctx.set_materialize_grads(False)
-    # As with plain operations a bias may be written to before the backward pass, its values are among the results, and a
-    # running statistic may not, but by the operator itself.
+    # As with plain operations a bias may be written to before the backward pass, its values are among the results, and
+    # a running statistic may not, but by the operator itself.
     tensors = [t for i, t in enumerate(parameters[:14]) if i not in _BIASES]
     ctx.save_for_backward(x, out, *tensors, *results)
     ctx.biases = [parameters[i] for i in _BIASES]
@@ -285,7 +285,8 @@ def _update(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None
 def _update_running(p: Tail, r: Results, numel: int, momentum: float, bn_momentum: float) -> None:
     """Running statistics of what is in training; `numel` is of the map."""
     for training, mean, var, stats, factor in (
-            (p.training, p.mean, p.var, r.stats, momentum), (p.bn_training, p.bn_mean, p.bn_var, r.bn_stats, bn_momentum)):
+            (p.training, p.mean, p.var, r.stats, momentum),
+            (p.bn_training, p.bn_mean, p.bn_var, r.bn_stats, bn_momentum)):
         if training:
             n = numel // p.weight.shape[0]
             _update(mean, stats[0], factor)
@@ -293,7 +294,7 @@ def _update_running(p: Tail, r: Results, numel: int, momentum: float, bn_momentu
 
 
 class TailFn(torch.autograd.Function):
-    """The operator in eager mode, which updates running statistics where PyTorch's batch-norm does, before anything is
+    """The operator in eager mode. It updates running statistics where PyTorch's batch-norm does, before anything is
     saved for the backward pass: torch.utils.checkpoint may end the second forward pass there."""
 
     @staticmethod
@@ -342,7 +343,7 @@ def cbam_tail(
     In training the running statistics of `p` are updated.
 
     Args:
-        x: Output of the block's last convolution, (B, C, H, W), not empty, float32, float64, bfloat16 or (CUDA) float16.
+        x: Output of the block's last convolution, (B, C, H, W), not empty: float32, float64, bfloat16, on CUDA float16.
         shortcut: Input of the block or its downsampled form, (B, C, H, W), of the same dtype.
         p: All that the block's modules hold; of the dtype of x, or float32 for maps of lower precision.
         momentum: Of the batch-norm's running statistics.
@@ -368,7 +369,7 @@ def cbam_tail(
 
 
 def norm_relu_(x: torch.Tensor, norm: torch.nn.BatchNorm2d, relu: bool) -> torch.Tensor:
-    """Batch-norm in eval mode, with the bits of torch.nn.functional.batch_norm, and ReLU, in the place of x."""
+    """Batch-norm in eval mode, on CPU with the bits of torch.nn.functional.batch_norm, and ReLU, in the place of x."""
     args = (x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, relu)
     if torch.compiler.is_compiling():
         torch.ops.timm_cbam.norm_relu_(*args)

@@ -1,18 +1,18 @@
 // The passes of tail.py's operator as native loops: all of a block's tail in one call, forward and backward.
 //
-// No torch headers: native.py hands over the address of torch_parallel_for (a C function of PyTorch's stable ABI), so that
-// PyTorch's own threads do the work, and tail_cpu.py hands over addresses of tensors in the struct Args.
+// No torch headers: native.py hands over the address of torch_parallel_for (a C function of PyTorch's stable ABI), so
+// that PyTorch's own threads do the work, and tail_cpu.py hands over addresses of tensors in the struct Args.
 //
 // A map is read as few times as the mathematics allows: forward three times (pooling over space, pooling over channels,
-// result), backward six (g and its sums; sums that need the spatial gate's gradient; dx). Where the batch is a multiple of
-// the threads, a thread does all that it can with one sample while it is in the cache. F = batch_norm(x) and F' = F * mc
-// are computed anew from x in each pass, by the same two operations, so that they have the same bits each time: ties of a
-// maximum are found by comparing with it. Every sum is over the same pieces in the same order, whatever the number of
-// threads.
+// result), backward three (g and its sums; sums that need the spatial gate's gradient; dx). Where the batch is a
+// multiple of the threads, a thread does all that it can with one sample while it is in the cache. F = batch_norm(x)
+// and F' = F * mc are computed anew from x in each pass, by the same two operations, so that they have the same bits
+// each time: ties of a maximum are found by comparing with it. Every sum is over the same pieces in the same order,
+// whatever the number of threads.
 //
-// Rounding is PyTorch's: a * b + c of a batch-norm is one operation where PyTorch's own loops of this SIMD level have FMA
-// (mad), and the output of a batch-norm in bfloat16 is rounded to it. So a warm start (weights.py) computes the plain
-// ResNet's bits. NaN: a comparison is written such that NaN passes, or its absence is checked by a sum.
+// Rounding is PyTorch's: a * b + c of a batch-norm is one operation where PyTorch's own loops of this SIMD level have
+// FMA (mad), and the output of a batch-norm in bfloat16 is rounded to it. So a warm start (weights.py) computes the
+// plain ResNet's bits. NaN: a comparison is written such that NaN passes, or its absence is checked by a sum.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -111,7 +111,7 @@ inline i64 padded(i64 n) { return (n + LANES - 1) / LANES * LANES; }
 }  // namespace
 
 // In the order of tail_cpu.py. Maps are of the tensors' dtype, everything else of the dtype of accumulation: float for
-// float and bfloat16, double for double. b, c, h, w: sizes of the map; r: hidden width of the MLP; k: size of the kernel.
+// float and bfloat16, double for double. b, c, h, w: sizes of the map; r: hidden width of the MLP; k: of the kernel.
 // collect: compute mean and var here; round_invstd: PyTorch holds 1 / deviation in bfloat16.
 struct Args {
     i64 dtype, channels_last, threads, b, c, h, w, r, k, training, bn_training, collect, round_invstd;
@@ -207,8 +207,8 @@ struct Tail {
 
     // ---- forward
 
-    // Mean and variance over batch and space in the very order of PyTorch's contiguous loops, each sum one after the other
-    // in double; several channels at a time, because one addition waits for the one before. While a channel is in the
+    // Mean and variance over batch and space in the very order of PyTorch's contiguous loops, element by element in
+    // double; several channels at a time, because one addition waits for the one before. While a channel is in the
     // cache, its poolings over space are computed, too.
     void collect() {
         constexpr i64 G = 8;
@@ -217,34 +217,26 @@ struct Tail {
                 i64 c0 = group * G, n = std::min(G, C - c0);
                 double sum[G] = {}, square[G] = {};
                 A m[G] = {};
-                for (i64 b = 0; b < B; b++) {
+                // the usual number of channels as a constant, so that the compiler unrolls the loop over them
+                auto each = [&](i64 b, auto&& f) {
                     const T* R x = map(a.x, b) + c0 * P;
-                    if (n == G) {
-                        for (i64 p = 0; p < P; p++)
-                            for (i64 j = 0; j < G; j++) sum[j] += static_cast<double>(static_cast<A>(x[j * P + p]));
-                    } else {
-                        for (i64 p = 0; p < P; p++)
-                            for (i64 j = 0; j < n; j++) sum[j] += static_cast<double>(static_cast<A>(x[j * P + p]));
+                    for (i64 p = 0; p < P; p++) {
+                        if (n == G)
+                            for (i64 j = 0; j < G; j++) f(j, static_cast<A>(x[j * P + p]));
+                        else
+                            for (i64 j = 0; j < n; j++) f(j, static_cast<A>(x[j * P + p]));
                     }
-                }
+                };
+                for (i64 b = 0; b < B; b++) each(b, [&](i64 j, A v) { sum[j] += static_cast<double>(v); });
                 for (i64 j = 0; j < n; j++) mean[c0 + j] = m[j] = static_cast<A>(sum[j] / (B * P));
                 for (i64 b = 0; b < B; b++) {
-                    const T* R x = map(a.x, b) + c0 * P;
-                    if (n == G) {
-                        for (i64 p = 0; p < P; p++)
-                            for (i64 j = 0; j < G; j++) square[j] = add_square(static_cast<A>(x[j * P + p]) - m[j], square[j]);
-                    } else {
-                        for (i64 p = 0; p < P; p++)
-                            for (i64 j = 0; j < n; j++) square[j] = add_square(static_cast<A>(x[j * P + p]) - m[j], square[j]);
-                    }
+                    each(b, [&](i64 j, A v) { square[j] += static_cast<double>((v - m[j]) * (v - m[j])); });
                     pool_rows(b * C + c0, b * C + c0 + n);
                 }
                 for (i64 j = 0; j < n; j++) var[c0 + j] = static_cast<A>(square[j]) / static_cast<A>(B * P);
             }
         });
     }
-    static double add_square(float d, double sum) { return sum + static_cast<double>(d * d); }
-    static double add_square(double d, double sum) { return mad(d, d, sum); }
 
     void pool_rows(i64 begin, i64 end) {
         for (i64 i = begin; i < end; i++) {
@@ -544,7 +536,7 @@ struct Tail {
         });
     }
 
-    // f(sample, channel or pixel, address) for all contiguous lines of the maps: rows of a channel or channels of a pixel
+    // f(sample, channel or pixel, offset) for all contiguous lines of maps: a channel's pixels or a pixel's channels
     template <class F>
     void lines(i64 b0, i64 b1, F&& f) {
         const i64 n = CL ? P : C, size = CL ? C : P;
@@ -607,10 +599,8 @@ struct Tail {
                     for (i64 c = 0; c < C; c++) s0[c] = s1[c] = at_top[c] = 0, top_f[c] = pooled_max(b, c);
                     const Channels channels{gate, top_f, s0, s1, at_top};
                     i64 p = 0;
-                    for (; p + 4 <= m; p += 4)
-                        pixels_a<4>(x + p * C, grad + p * C, out + p * C, g + p * C, channels, ms + p, high + p, dms + p, ties + p);
-                    for (; p < m; p++)
-                        pixels_a<1>(x + p * C, grad + p * C, out + p * C, g + p * C, channels, ms + p, high + p, dms + p, ties + p);
+                    for (; p + 4 <= m; p += 4) pixels_a<4>(p, x, grad, out, g, channels, ms, high, dms, ties);
+                    for (; p < m; p++) pixels_a<1>(p, x, grad, out, g, channels, ms, high, dms, ties);
                 } else {
                     for (i64 p = 0; p < m; p++) dms[p] = ties[p] = 0;
                     for (i64 c = 0; c < C; c++) {
@@ -642,7 +632,11 @@ struct Tail {
                 const i64 b = b0 + i / C, c = i % C;
                 const A* R part = parts + b * n * 3 * C + c;
                 A t0 = 0, t1 = 0, count = 0;
-                for (i64 j = 0; j < n; j++) t0 += part[3 * j * C], t1 += part[(3 * j + 1) * C], count += part[(3 * j + 2) * C];
+                for (i64 j = 0; j < n; j++) {
+                    t0 += part[3 * j * C];
+                    t1 += part[(3 * j + 1) * C];
+                    count += part[(3 * j + 2) * C];
+                }
                 sums.s0[b * C + c] = t0, sums.s1[b * C + c] = t1, sums.ties[b * C + c] = count;
             }
         });
@@ -653,11 +647,12 @@ struct Tail {
         A *s0, *s1, *at_top;
     };
 
-    // Channels-last: N pixels at a time, as in pool_pixels
+    // Channels-last: N pixels at a time, from the p-th on, as in pool_pixels
     template <int N>
     void pixels_a(
-            const T* R x, const T* R grad, const T* R out, T* R g, const Channels& channels, const A* R ms, const A* R high,
-            A* R dms, A* R ties) const {
+            i64 p, const T* R x, const T* R grad, const T* R out, T* R g, const Channels& channels, const A* R ms,
+            const A* R high, A* R dms, A* R ties) const {
+        x += p * C, grad += p * C, out += p * C, g += p * C, ms += p, high += p, dms += p, ties += p;
         A t[N][LANES] = {}, count[N][LANES] = {};
         const A *R gate = channels.gate, *R top_f = channels.top_f;
         A *R s0 = channels.s0, *R s1 = channels.s1, *R at_top = channels.at_top;
@@ -741,7 +736,8 @@ struct Tail {
                                 const A* R k = kernel + (ch * K + ky) * K;
                                 A* R sum = sums + (ch * K + ky) * K * LANES;
                                 for (i64 kx = 0; kx < K; kx++) {
-                                    for (i64 l = 0; l < LANES; l++) back[l] = mad(k[kx], behind[2 * Q - kx + l], back[l]);
+                                    for (i64 l = 0; l < LANES; l++)
+                                        back[l] = mad(k[kx], behind[2 * Q - kx + l], back[l]);
                                     for (i64 l = 0; l < LANES; l++)
                                         sum[kx * LANES + l] = mad(d[l], row[kx + l], sum[kx * LANES + l]);
                                 }
@@ -939,7 +935,8 @@ struct Tail {
             if (CL) {
                 const A ms_p = ms[j], avg_p = davg[j], max_p = dmax[j], high_p = high[j];
                 const A *R q = mc + b * C, *R top_f = &tops[b * C];
-                const A *R kg = f.gate + b * C, *R kt = f.tie + b * C, *R k0 = f.rest + b * C, *R k1 = f.centred + b * C;
+                const A *R kg = f.gate + b * C, *R kt = f.tie + b * C;
+                const A *R k0 = f.rest + b * C, *R k1 = f.centred + b * C;
 #pragma omp simd
                 for (i64 c = 0; c < C; c++) {
                     const A v = static_cast<A>(x[c]), value = norm(v, scale[c], shift[c]);

@@ -5,7 +5,7 @@ Maps are handed over as they are, dense in one of both memory formats, everythin
 import ctypes
 from itertools import accumulate
 from math import prod
-from typing import Any, Optional, Sequence
+from typing import Any, List, Optional, Sequence
 
 import torch
 
@@ -24,8 +24,8 @@ class _Args(ctypes.Structure):
             'round_invstd')),
         *((name, ctypes.c_double) for name in ('eps', 'bn_eps')),
         *((name, ctypes.c_void_p) for name in (
-            'x', 'shortcut', 'out', 'mean', 'var', 'weight', 'bias', 'slope', 'fc1', 'fc1_bias', 'fc2', 'fc2_bias', 'kernel',
-            'bn_slope', 'bn_stats', 'factor', 'space', 'hidden', 'mc', 'pooled', 'conv', 'grad', 'g', 'dx',
+            'x', 'shortcut', 'out', 'mean', 'var', 'weight', 'bias', 'slope', 'fc1', 'fc1_bias', 'fc2', 'fc2_bias',
+            'kernel', 'bn_slope', 'bn_stats', 'factor', 'space', 'hidden', 'mc', 'pooled', 'conv', 'grad', 'g', 'dx',
             'dweight', 'dbias', 'dfc1', 'dfc1_bias', 'dfc2', 'dfc2_bias', 'dkernel', 'dbn')),
     ]
 
@@ -39,7 +39,7 @@ class _Call:
 
     def __init__(self, x: torch.Tensor, p: Tail) -> None:
         self.dtype = accumulation_dtype(x)
-        self.alive = []
+        self.alive: List[torch.Tensor] = []
         b, c, h, w = x.shape
         self.args = _Args(
             _DTYPES[x.dtype], not x.is_contiguous(), torch.get_num_threads(), b, c, h, w, len(p.fc1_weight),
@@ -62,8 +62,8 @@ class _Call:
 
     def set_results(self, r: Results) -> None:
         self.set(
-            mean=r.stats[0], var=r.stats[1], weight=r.stats[2], bias=r.stats[3], bn_stats=r.bn_stats, space=r.space, hidden=r.hidden, mc=r.mc,
-            pooled=r.pooled, conv=r.conv)
+            mean=r.stats[0], var=r.stats[1], weight=r.stats[2], bias=r.stats[3], bn_stats=r.bn_stats, space=r.space,
+            hidden=r.hidden, mc=r.mc, pooled=r.pooled, conv=r.conv)
 
     def run(self, name: str, *args: Any) -> None:
         if getattr(LIBRARY, name)(ctypes.byref(self.args), *args):
@@ -104,10 +104,11 @@ def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail)
 def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
     call = _Call(x, p)
     call.set_results(Results(*_scratch(result_shapes(x, p), call.dtype)))
-    call.set(shortcut=dense(shortcut, x), out=x, mean=call.small(p.mean), var=call.small(p.var), weight=call.small(p.weight),
-        bias=call.small(p.bias))
+    small = call.small
+    call.set(shortcut=dense(shortcut, x), out=x)
+    call.set(mean=small(p.mean), var=small(p.var), weight=small(p.weight), bias=small(p.bias))
     if p.bn_weight is not None:
-        call.set(bn_stats=torch.cat([call.small(t) for t in (p.bn_mean, p.bn_var, p.bn_weight, p.bn_bias)]))
+        call.set(bn_stats=torch.cat([small(t) for t in (p.bn_mean, p.bn_var, p.bn_weight, p.bn_bias)]))
     call.run('cbam_forward')
 
 

@@ -1,14 +1,14 @@
 """The operator of tail.py in PyTorch's operations, for any device
 
-What costs time is reading and writing maps, and on CPU most of all fresh ones, whose pages the system has to provide. So
-the forward pass works in the one map that becomes its result. The backward pass goes through chunks of samples, so that
-a map is still in the cache when the next operation needs it; weighted sums are matrix products, several times as fast as
-a product and a sum.
+What costs time is reading and writing maps, and on CPU most of all fresh ones, whose pages the system has to provide.
+So the forward pass works in the one map that becomes its result. The backward pass goes through chunks of samples, so
+that a map is still in the cache when the next operation needs it; weighted sums are matrix products, several times as
+fast as a product and a sum.
 
 :class:`Steps` has the steps over maps, :func:`forward` and :func:`backward` what happens between them; another
 implementation may bring steps of its own.
 """
-from typing import Iterator, NamedTuple, Optional, Tuple, Type
+from typing import Iterator, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -28,18 +28,24 @@ class Norm(NamedTuple):
 
 def _norm(stats: torch.Tensor, p: Tail) -> Norm:
     mean, var, weight, bias = stats
-    if p.training:  # in double, and then of the parameters' dtype: as PyTorch
-        invstd = (1 / (var.double() + p.eps).sqrt()).to(p.weight.dtype).to(stats.dtype)
+    if p.training and stats.device.type == 'cpu':  # in double, and then of the parameters' dtype: as PyTorch
+        invstd = torch.rsqrt(var.double() + p.eps).to(p.weight.dtype).to(stats.dtype)
     else:
-        invstd = 1 / (var + p.eps).sqrt()
+        invstd = torch.rsqrt(var + p.eps)
     return Norm(mean, invstd, invstd * weight, bias)
 
 
 def _normalize(x: torch.Tensor, n: Norm, out: torch.Tensor) -> torch.Tensor:
     """F, with the same bits each time and those of PyTorch's batch-norm: the scale as weight, one as variance."""
-    empty = n.scale.new_empty(0)
+    return _batch_norm(x, n.scale, n.bias, n.mean, torch.ones_like(n.mean), 0., out)
+
+
+def _batch_norm(x, weight, bias, mean, var, eps: float, out: torch.Tensor) -> torch.Tensor:
+    """In eval mode, to `out`, which may be x"""
+    dtype = mean.dtype if x.device.type == 'cpu' else accumulation_dtype(x)
     torch.ops.aten.native_batch_norm.out(
-        x, n.scale, n.bias, n.mean, torch.ones_like(n.mean), False, 0., 0., out=out, save_mean=empty, save_invstd=empty)
+        x, weight, bias, mean, var, False, 0., eps, out=out,
+        save_mean=mean.new_empty(0, dtype=dtype), save_invstd=mean.new_empty(0, dtype=dtype))
     return out
 
 
@@ -71,8 +77,7 @@ class Steps:
     where F is largest, (B, C). highest: maximum of F' over the channels, per pixel.
     """
 
-    @staticmethod
-    def pool_space(x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+    def pool_space(self, x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
         """Mean and variance of the batch-norm, (2, C), and average, maximum and minimum of x over space, (3, B, C)."""
         if p.training:
             stats = torch.stack(torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2])
@@ -85,8 +90,7 @@ class Steps:
             avg = flat.mean(2, dtype=dtype)
         return stats.to(dtype), torch.stack([avg, flat.amax(2).to(dtype), flat.amin(2).to(dtype)])
 
-    @staticmethod
-    def pool_channels(x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    def pool_channels(self, x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Average and maximum of F' over the channels, (B, 2, H, W). `out` may be overwritten, gate_add gets it so."""
         _normalize(x, n, out).mul_(_map(mc))
         b, _, h, w = x.shape
@@ -95,29 +99,28 @@ class Steps:
         pooled[:, 1] = out.amax(1)
         return pooled
 
-    @staticmethod
-    def gate_add(x, n: Norm, mc, ms, shortcut: torch.Tensor, out: torch.Tensor) -> None:
+    def gate_add(self, x, n: Norm, mc, ms, shortcut: torch.Tensor, out: torch.Tensor) -> None:
         """Write ``relu(shortcut + F'')`` to `out`."""
         torch.addcmul(shortcut, out, ms.to(out.dtype), out=out).relu_()
 
-    @staticmethod
-    def a(grad, x, out, n: Norm, mc, ms, highest) -> Tuple[torch.Tensor, ...]:
+    def a(self, grad, x, out, n: Norm, mc, ms, highest) -> Tuple[torch.Tensor, ...]:
         """g, dms, sums over space of g * ms and of g * ms * (x - mean); number of channels with the maximum of a pixel,
         and of their indices the sum, which is the index where there is one."""
         g = torch.ops.aten.threshold_backward(grad, out, 0)
         channels = torch.arange(x.shape[1], dtype=mc.dtype, device=x.device)
         counting = torch.stack([torch.ones_like(channels), channels])
         parts = []
-        for x, g_, mc, ms, highest in _chunks(x, g, mc, ms, highest):
-            f = _normalize(x, n, torch.empty_like(x)).mul_(_map(mc))
-            ties = _sum_channels(torch.eq(f, highest), counting.expand(len(x), -1, -1))
-            dms = _sum_channels(f.mul_(g_), torch.ones_like(mc)[:, None])
-            centred = torch.sub(x, _map(n.mean)).mul_(g_)
-            parts.append((dms, _sum_space(g_, ms), _sum_space(centred, ms), ties[:, :1], ties[:, 1:]))
+        for x_, g_, mc_, ms_, highest_ in _chunks(x, g, mc, ms, highest):
+            f = _normalize(x_, n, torch.empty_like(x_)).mul_(_map(mc_))
+            ties = _sum_channels(torch.eq(f, highest_), counting.expand(len(x_), -1, -1))
+            dms = _sum_channels(f.mul_(g_), torch.ones_like(mc_)[:, None])
+            centred = torch.sub(x_, _map(n.mean)).mul_(g_)
+            parts.append((dms, _sum_space(g_, ms_), _sum_space(centred, ms_), ties[:, :1], ties[:, 1:]))
         return g, *(torch.cat(part) for part in zip(*parts, strict=True))
 
-    @staticmethod
-    def b(x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor]) -> Tuple[torch.Tensor, torch.Tensor]:
+    def b(
+            self, x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor],
+    ) -> Tuple[torch.Tensor, torch.Tensor]:
         """Sums over space of ``d = davg + dmax * [F' is the maximum]`` and of ``d * (x - mean)``, (B, C).
 
         index: channel of the only maximum of each pixel, None if one has several.
@@ -130,32 +133,34 @@ class Steps:
             s0.scatter_add_(1, i, d)
             s1.scatter_add_(1, i, d * (x.gather(1, index).flatten(1) - n.mean[i]))
         else:
-            for x, mc, dmax, highest, s0_, s1_ in _chunks(x, mc, dmax, highest, s0, s1):
-                d = torch.eq(_normalize(x, n, torch.empty_like(x)).mul_(_map(mc)), highest) * dmax
+            for x_, mc_, dmax_, highest_, s0_, s1_ in _chunks(x, mc, dmax, highest, s0, s1):
+                d = torch.eq(_normalize(x_, n, torch.empty_like(x_)).mul_(_map(mc_)), highest_) * dmax_
                 s0_ += d.sum((2, 3))
-                s1_ += d.mul_(torch.sub(x, _map(n.mean))).sum((2, 3))
+                s1_ += d.mul_(torch.sub(x_, _map(n.mean))).sum((2, 3))
         return s0, s1
 
-    @staticmethod
-    def c(x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
+    def c(self, x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
         """``dx = k_gate * (g * ms + d) + k_tie * [x is at the top] / ties + k_centred * (x - mean) + k``, d as in b."""
         dx = torch.empty_like(x)
         columns = torch.stack([k_gate, k], dim=2)  # k_gate * davg + k is a matrix of rank 2
         rows = torch.cat([davg, torch.ones_like(davg)], dim=1).flatten(2)
         i = dmax if index is None else index
-        for x, g, mc, ms, dmax, highest, i, top, kg, kt, column, row, dx_ in _chunks(
-                x, g, mc, ms, dmax, highest, i, top, k_gate, k_tie, columns, rows, dx):
-            d = torch.mul(g, ms).mul_(_map(kg))
+        for x_, g_, mc_, ms_, dmax_, highest_, i_, top_, kg, kt, kx, column, row, dx_ in _chunks(
+                x, g, mc, ms, dmax, highest, i, top, k_gate, k_tie, k_centred, columns, rows, dx):
+            d = torch.mul(g_, ms_).mul_(_map(kg))
             d.flatten(2).baddbmm_(column, row)
             if index is not None:
-                d.scatter_add_(1, i, dmax * kg.gather(1, i.flatten(1)).view_as(dmax))
+                d.scatter_add_(1, i_, dmax_ * kg.gather(1, i_.flatten(1)).view_as(dmax_))
             else:
-                at_highest = torch.eq(_normalize(x, n, torch.empty_like(x)).mul_(_map(mc)), highest)
-                d += at_highest * (dmax * _map(kg))
-            at_top = torch.eq(x, _map(top)).to(d.dtype)
-            d.addcmul_(at_top, _map(kt / _sum_space(at_top, torch.ones_like(ms))))
-            dx_.copy_(d.addcmul_(torch.sub(x, _map(n.mean)), _map(k_centred)))
+                at_highest = torch.eq(_normalize(x_, n, torch.empty_like(x_)).mul_(_map(mc_)), highest_)
+                d += at_highest * (dmax_ * _map(kg))
+            at_top = torch.eq(x_, _map(top_)).to(d.dtype)
+            d.addcmul_(at_top, _map(kt / _sum_space(at_top, torch.ones_like(ms_))))
+            dx_.copy_(d.addcmul_(torch.sub(x_, _map(n.mean)), _map(kx)))
         return dx
+
+
+_STEPS = Steps()
 
 
 def _pooled(n: Norm, space: torch.Tensor) -> torch.Tensor:
@@ -168,7 +173,7 @@ def _top(n: Norm, space: torch.Tensor) -> torch.Tensor:
     return torch.where(n.scale < 0, space[2], space[1])
 
 
-def _spatial_gate(conv: torch.Tensor, bn_stats: torch.Tensor, p: Tail) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _spatial_gate(conv: torch.Tensor, bn_stats: torch.Tensor, p: Tail) -> Tuple[torch.Tensor, ...]:
     """The sigmoid, the normalised output of the convolution, and its 1 / deviation."""
     if p.bn_weight is None:
         return conv.sigmoid(), conv, conv.new_ones(1)
@@ -184,7 +189,7 @@ def _matrices(p: Tail, dtype: torch.dtype):
 
 
 def forward(
-        x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail, steps: Type[Steps] = Steps) -> Results:
+        x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail, steps: Steps = _STEPS) -> Results:
     dtype = accumulation_dtype(x)
     stats, space = steps.pool_space(x, p, dtype)
     stats = torch.cat([stats, torch.stack([p.weight, p.bias]).to(dtype)])
@@ -210,7 +215,7 @@ def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
 
 
 def backward(
-        grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r: Results, steps: Type[Steps] = Steps,
+        grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r: Results, steps: Steps = _STEPS,
 ) -> Gradients:
     dtype = accumulation_dtype(x)
     n, mc = _norm(r.stats, p), r.mc
@@ -262,8 +267,6 @@ def backward(
 
 
 def norm_relu(x, weight, bias, mean, var, eps: float, relu: bool) -> None:
-    empty = weight.new_empty(0)
-    torch.ops.aten.native_batch_norm.out(
-        x, weight, bias, mean, var, False, 0., eps, out=x, save_mean=empty, save_invstd=empty)
+    _batch_norm(x, weight, bias, mean, var, eps, x)
     if relu:
         x.relu_()
