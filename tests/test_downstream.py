@@ -3,7 +3,7 @@ import pytest
 import segmentation_models_pytorch as smp
 import timm
 import torch
-from helpers import liven, relative_error, run
+from helpers import liven, plain_path, relative_error, run
 from hub_server import HubServer
 from safetensors.torch import save
 from torch import nn
@@ -67,7 +67,7 @@ def test_faster_rcnn_continues_a_plain_resnet():
 
 
 @pytest.mark.parametrize('arch', ['unet', 'fpn'])
-def test_segmentation(arch, monkeypatch):
+def test_segmentation(arch):
     model = smp.create_model(arch, 'tu-cbam_resnet50', encoder_weights=None, classes=2)
     liven(model)
     x, target = torch.rand(2, 3, 96, 64), torch.randint(2, (2, 96, 64))
