@@ -234,6 +234,8 @@ def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
     if p.bn_weight is not None:
         bn_stats = torch.stack([p.bn_mean, p.bn_var, p.bn_weight, p.bn_bias]).to(dtype)
     ms, _, _ = _spatial_gate(conv, bn_stats, p)
+    if p.factor is not None:
+        ms = ms * p.factor
     torch.addcmul(shortcut, x, ms.to(x.dtype), out=x).relu_()
 
 
@@ -258,7 +260,8 @@ def backward(
             dz = dz - (dbn[1] + normal * dbn[0]) / dz.numel()
         dz = dz * (bn_invstd * p.bn_weight.to(dtype))
     dpooled, dkernel, _ = torch.ops.aten.convolution_backward(
-        dz, r.pooled.contiguous(memory_format=torch.channels_last), kernel, None, [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
+        dz, r.pooled.contiguous(memory_format=torch.channels_last), kernel, None,
+        [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
     davg, dmax = dpooled[:, :1] / x.shape[1], dpooled[:, 1:] / ties
     index = index.long() if x.device.type == 'cpu' and bool((ties == 1).all()) else None
     t0, t1 = steps.b(x, n, mc, avg, davg, dmax, highest, index)
