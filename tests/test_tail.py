@@ -777,7 +777,7 @@ def test_import_without_triton():
 
 
 def test_trains_like_plain_operations(implementation):
-    """60 steps on handwritten digits: the same losses."""
+    """100 steps on handwritten digits: the same losses."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -790,7 +790,7 @@ def test_trains_like_plain_operations(implementation):
             'cbam_resnet18_s1', num_classes=10, in_chans=1, channels=(16, 16, 32, 32), layers=(1, 1, 1, 1)).double()
         optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
         losses = []
-        for step in range(60):
+        for step in range(100):
             i = torch.arange(32 * step, 32 * step + 32) % len(x)
             loss = F.cross_entropy(model(x[i]), target[i])
             optimizer.zero_grad()
@@ -802,5 +802,5 @@ def test_trains_like_plain_operations(implementation):
     fused = curve()
     with plain_path():
         plain = curve()
-    assert fused[-10:].sum() < 0.9 * fused[:10].sum()
+    assert fused[-10:].sum() < 0.7 * fused[:10].sum()
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)
