@@ -85,7 +85,8 @@ def test_maps_are_the_equations(name, kwargs, fused, monkeypatch):
 
 
 def test_model_stays_as_it_is(fused):
-    """Output, also of the pass that is watched; batch-norm statistics, training flags, gradients, hooks."""
+    """Output, of plain operations to the bit, also of the pass that is watched; batch-norm statistics, training flags,
+    gradients, hooks."""
     model = create().train()
     model.layer1.eval()
     x = torch.randn(2, 3, 64, 64)

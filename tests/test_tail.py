@@ -479,13 +479,13 @@ def test_norm_relu_has_the_bits_of_pytorch(implementation, small, dtype, relu):
             weight=values['weight'], bias=values['bias'], running_mean=values['mean'], running_var=values['var'],
             num_batches_tracked=torch.tensor(0)))
         norm = norm.to(torch.float32 if small == torch.float32 and dtype == torch.bfloat16 else dtype)
+        dense = copy.deepcopy(norm)  # of strided parameters PyTorch's batch-norm rounds differently
         if small == 'strided':
             for t in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
                 t.data = torch.stack([t.data, t.data + 1], dim=-1)[..., 0]
         for layout in ('contiguous', 'channels_last'):
             x = LAYOUTS[layout](values['x'].to(dtype))
-            expected = norm(x)
-            expected = F.relu(expected) if relu else expected
+            expected = F.relu(dense(x)) if relu else dense(x)
             out = norm_relu_(x, norm, relu)
             assert out.data_ptr() == x.data_ptr() and torch.equal(out, expected), (shape, layout)
     for value in (float('nan'), float('inf'), -float('inf')):

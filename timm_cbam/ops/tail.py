@@ -67,7 +67,7 @@ class Results(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """In the order of the operator's arguments; of what is missing an empty tensor."""
+    """In the order of the operator's arguments"""
     x: torch.Tensor
     shortcut: torch.Tensor
     weight: torch.Tensor
@@ -87,6 +87,12 @@ def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
 def result_shapes(x: torch.Tensor, p: Tail) -> Tuple[Tuple[int, ...], ...]:
     b, c, h, w = x.shape
     return (4, c), (4, 1), (3, b, c), (2, b, p.fc1_weight.shape[0]), (b, c), (b, 2, h, w), (b, 1, h, w)
+
+
+def gradient_shapes(p: Tail) -> Tuple[Tuple[int, ...], ...]:
+    """Of all but the maps; also of biases that are missing, whose gradients nobody uses"""
+    r, c = p.fc1_weight.shape[:2]
+    return (c,), (c,), (r, c, 1, 1), (r,), (c, r, 1, 1), (c,), tuple(p.conv_weight.shape), (2,)
 
 
 def dense(t: torch.Tensor, x: Optional[torch.Tensor] = None) -> torch.Tensor:
@@ -161,7 +167,7 @@ _SCHEMAS = {
 def _forward(x, shortcut, *parameters):
     x = dense(x)
     out = torch.empty_like(x)
-    return out, *_implementation(x).forward(x, shortcut, out, Tail(*parameters))
+    return out, *_implementation(x).forward(x, dense(shortcut, x), out, Tail(*parameters))
 
 
 def _forward_fake(x, shortcut, *parameters):
@@ -172,24 +178,28 @@ def _forward_fake(x, shortcut, *parameters):
 
 def _backward(grad, x, out, *args):
     *parameters, results = args
-    return _implementation(x).backward(grad, dense(x), out, Tail(*parameters), Results(*results))
+    x = dense(x)
+    return _implementation(x).backward(dense(grad, x), x, dense(out, x), Tail(*parameters), Results(*results))
 
 
 def _backward_fake(grad, x, out, *args):
-    p = Tail(*args[:-1])
-    dtype = accumulation_dtype(x)
-    small = (p.weight, p.bias, p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias, p.conv_weight)
-    return (
-        torch.empty_like(dense(x)), torch.empty_like(dense(x)),
-        *(x.new_empty(0 if t is None else t.shape, dtype=dtype) for t in small), x.new_empty(2, dtype=dtype))
+    x, dtype = dense(x), accumulation_dtype(x)
+    small = (x.new_empty(shape, dtype=dtype) for shape in gradient_shapes(Tail(*args[:-1])))
+    return torch.empty_like(x), torch.empty_like(x), *small
 
 
 def _infer(x, shortcut, *parameters):
-    _implementation(x).infer(x, shortcut, Tail(*parameters))
+    map_ = dense(x)
+    _implementation(x).infer(map_, dense(shortcut, map_), Tail(*parameters))
+    if map_ is not x:
+        x.copy_(map_)
 
 
 def _norm_relu(x, *args):
-    _implementation(x).norm_relu(x, *args)
+    map_ = dense(x)
+    _implementation(x).norm_relu(map_, *args)
+    if map_ is not x:
+        x.copy_(map_)
 
 
 def _nothing(*args):
@@ -354,7 +364,6 @@ def cbam_tail(
         Output of the block, (B, C, H, W), in the memory format of x.
     """
     if inplace and not torch.is_grad_enabled() and not p.training and not p.bn_training:
-        x = dense(x)
         if torch.compiler.is_compiling():
             torch.ops.timm_cbam.tail_(x, shortcut, *p)
         else:

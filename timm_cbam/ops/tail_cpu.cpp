@@ -73,9 +73,10 @@ inline double mad(double a, double b, double c) {
 #endif
 }
 
-// exp for the loops over pixels, which the compiler can vectorise; relative error below 2e-7, exp(0) = 1.
-inline float exponential(float x) {
-    x = x > 88.f ? 88.f : x < -87.f ? -87.f : x;
+// exp for the loops over pixels, which the compiler can vectorise; relative error below 2e-7, exp(0) = 1. Above 88
+// infinity, so that the sigmoid of -inf is zero.
+inline float exponential(float given) {
+    const float x = given > 88.f ? 88.f : given < -87.f ? -87.f : given;
     float shifted = mad(x, 1.44269504f, 12582912.f);  // rounds to an integer, held in the low bits
     float n = shifted - 12582912.f;
     float r = mad(n, -0.693359375f, x);
@@ -92,7 +93,7 @@ inline float exponential(float x) {
     bits = (bits << 23) + 0x3f800000u;
     float power;
     std::memcpy(&power, &bits, 4);
-    return p * power;
+    return given > 88.f ? std::numeric_limits<float>::infinity() : p * power;
 }
 inline double exponential(double x) { return std::exp(x); }
 
@@ -861,7 +862,7 @@ struct Tail {
                     for (i64 r = 0; r < HID; r++) d[r] = mad(u, h[r], d[r]);
                     total += u;
                 }
-                if (fc2_bias) static_cast<A*>(a.dfc2_bias)[c] = 2 * total;
+                static_cast<A*>(a.dfc2_bias)[c] = 2 * total;
             }
         });
         par(HID, 32768 / (C * B), [&](i64 s, i64 e) {
@@ -875,7 +876,7 @@ struct Tail {
                     for (i64 c = 0; c < C; c++) d[c] = mad(u, value[c], d[c]);
                     total += u;
                 }
-                if (fc1_bias) static_cast<A*>(a.dfc1_bias)[r] = total;
+                static_cast<A*>(a.dfc1_bias)[r] = total;
             }
         });
         par(2 * B, 1, [&](i64 s, i64 e) {

@@ -10,7 +10,7 @@ from typing import Any, List, Optional, Sequence
 import torch
 
 from . import native
-from .tail import Gradients, Results, Tail, accumulation_dtype, dense, result_shapes
+from .tail import Gradients, Results, Tail, accumulation_dtype, gradient_shapes, result_shapes
 
 LIBRARY = native.load()[0]
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -89,14 +89,16 @@ def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail)
         call.args.collect = 1
     else:  # PyTorch's own statistics, which are then the same in all bits
         r.stats[0], r.stats[1] = torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2]
-    if p.bn_weight is not None:
+    if p.bn_weight is None:
+        r.bn_stats.zero_()
+    else:
         r.bn_stats[2] = p.bn_weight
         r.bn_stats[3] = p.bn_bias
         if not p.bn_training:
             r.bn_stats[0] = p.bn_mean
             r.bn_stats[1] = p.bn_var
     call.set_results(r)
-    call.set(shortcut=dense(shortcut, x), out=out)
+    call.set(shortcut=shortcut, out=out)
     call.run('cbam_forward')
     return r
 
@@ -105,7 +107,7 @@ def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
     call = _Call(x, p)
     call.set_results(Results(*_scratch(result_shapes(x, p), call.dtype)))
     small = call.small
-    call.set(shortcut=dense(shortcut, x), out=x)
+    call.set(shortcut=shortcut, out=x)
     call.set(mean=small(p.mean), var=small(p.var), weight=small(p.weight), bias=small(p.bias))
     if p.bn_weight is not None:
         call.set(bn_stats=torch.cat([small(t) for t in (p.bn_mean, p.bn_var, p.bn_weight, p.bn_bias)]))
@@ -116,14 +118,12 @@ def backward(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r:
     call = _Call(x, p)
     call.set_results(r)
 
-    def like(t: Optional[torch.Tensor]) -> torch.Tensor:
-        return x.new_empty(0 if t is None else t.shape, dtype=call.dtype)
-
-    d = Gradients(
-        torch.empty_like(x), torch.empty_like(x), like(p.weight), like(p.bias), like(p.fc1_weight), like(p.fc1_bias),
-        like(p.fc2_weight), like(p.fc2_bias), like(p.conv_weight), x.new_empty(2, dtype=call.dtype))
+    small = (x.new_empty(shape, dtype=call.dtype) for shape in gradient_shapes(p))
+    d = Gradients(torch.empty_like(x), torch.empty_like(x), *small)
+    if p.bn_weight is None:
+        d.bn.zero_()
     call.set(
-        grad=dense(grad, x), out=out, g=d.shortcut, dx=d.x, dweight=d.weight, dbias=d.bias, dfc1=d.fc1_weight,
+        grad=grad, out=out, g=d.shortcut, dx=d.x, dweight=d.weight, dbias=d.bias, dfc1=d.fc1_weight,
         dfc1_bias=d.fc1_bias, dfc2=d.fc2_weight, dfc2_bias=d.fc2_bias, dkernel=d.conv_weight, dbn=d.bn)
     call.run('cbam_backward')
     return d

@@ -13,7 +13,7 @@ from typing import Iterator, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .tail import Gradients, Results, Tail, accumulation_dtype, dense
+from .tail import Gradients, Results, Tail, accumulation_dtype
 
 _CHUNK = 1 << 18  # elements for each thread: two such maps in float32 fill the 2 MB of a core's cache
 
@@ -206,7 +206,7 @@ def forward(
     ms, _, _ = _spatial_gate(conv, bn_stats, p)
     if p.factor is not None:
         ms = ms * p.factor
-    steps.gate_add(x, n, mc, ms, dense(shortcut, x), out)
+    steps.gate_add(x, n, mc, ms, shortcut, out)
     return Results(stats, bn_stats, space, hidden, mc, pooled, conv)
 
 
@@ -224,7 +224,7 @@ def backward(
     gate, normal, bn_invstd = _spatial_gate(r.conv, r.bn_stats, p)
     ms = gate if p.factor is None else gate * p.factor
     highest = r.pooled[:, 1:]
-    g, dms, s0, s1, ties, index = steps.a(dense(grad, x), x, out, n, mc, ms, highest)
+    g, dms, s0, s1, ties, index = steps.a(grad, x, out, n, mc, ms, highest)
 
     dz = dms * gate * (1 - gate)
     if p.factor is not None:
@@ -260,10 +260,9 @@ def backward(
         k = k - slope * dbias / (len(x) * size)
         k_centred = (-slope * n.invstd.square() * dscale / (len(x) * size)).expand_as(mc)
     dx = steps.c(x, g, n, mc, ms, davg, dmax, highest, index, top, slope * mc, slope * dmax_space, k_centred, k)
-    empty = dx.new_empty(0, dtype=dtype)
     return Gradients(
-        dx, g, dscale * n.invstd, dbias, dfc1.view_as(p.fc1_weight), empty if b0 is None else dhidden.sum((0, 1)),
-        dfc2.view_as(p.fc2_weight), empty if b1 is None else 2 * dlogit.sum(0), dkernel, dbn)
+        dx, g, dscale * n.invstd, dbias, dfc1.view_as(p.fc1_weight), dhidden.sum((0, 1)), dfc2.view_as(p.fc2_weight),
+        2 * dlogit.sum(0), dkernel.contiguous(), dbn)
 
 
 def norm_relu(x, weight, bias, mean, var, eps: float, relu: bool) -> None:

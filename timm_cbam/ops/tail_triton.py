@@ -286,9 +286,9 @@ def _launch(
 
 
 class TritonSteps(Steps):
-    """An instance serves one call. In the backward pass `b`, which reads all of x anyway, counts for `c` how many pixels
-    share the maximum over space. What is compared is x, as in tail_torch: where F is equal for different x only because
-    it is rounded, x still tells which is larger.
+    """An instance serves one call. In the backward pass `b`, which reads all of x anyway, counts for `c` how many
+    pixels share the maximum over space. What is compared is x, as in tail_torch: where F is equal for different x only
+    because it is rounded, x still tells which is larger.
 
     space: as in :class:`.tail.Results`.
     """
