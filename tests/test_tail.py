@@ -489,7 +489,7 @@ def test_norm_relu_has_the_bits_of_pytorch(implementation, small, dtype, relu):
             out = norm_relu_(x, norm, relu)
             assert out.data_ptr() == x.data_ptr()
             if small == 'strided':  # PyTorch's own bits are others then
-                torch.testing.assert_close(out, expected)
+                torch.testing.assert_close(out, expected, rtol=1e-2, atol=3e-2 if dtype == torch.bfloat16 else 1e-5)
             else:
                 assert torch.equal(out, expected), (shape, layout)
     for value in (float('nan'), float('inf'), -float('inf')):
