@@ -44,7 +44,7 @@ def _batch_norm(x, weight, bias, mean, var, eps: float, out: torch.Tensor) -> to
     """In eval mode, to `out`, which may be x"""
     dtype = mean.dtype if x.device.type == 'cpu' else accumulation_dtype(x)
     torch.ops.aten.native_batch_norm.out(
-        x, weight, bias, mean, var, False, 0., eps, out=out,
+        x, *(t.contiguous() for t in (weight, bias, mean, var)), False, 0., eps, out=out,
         save_mean=mean.new_empty(0, dtype=dtype), save_invstd=mean.new_empty(0, dtype=dtype))
     return out
 
@@ -62,6 +62,20 @@ def _sum_channels(x: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
 def _sum_space(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
     """``sum_HW x * factor`` with a factor per pixel, (B, 1, H, W): (B, C)."""
     return torch.bmm(factor.flatten(2), x.flatten(2).mT.to(factor.dtype))[:, 0]
+
+
+def _mean_space(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if x.dtype != dtype:
+        return x.mean((2, 3), dtype=dtype)
+    return _sum_space(x, x.new_full((len(x), 1, *x.shape[2:]), 1 / x[0, 0].numel()))
+
+
+def _pool_channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    b, _, h, w = x.shape
+    pooled = x.new_empty(b, h, w, 2, dtype=dtype).permute(0, 3, 1, 2)  # convolution is faster so
+    pooled[:, 0] = x.mean(1, dtype=dtype)
+    pooled[:, 1] = x.amax(1)
+    return pooled
 
 
 def _chunks(*tensors: torch.Tensor) -> Iterator[Tuple[torch.Tensor, ...]]:
@@ -84,20 +98,11 @@ class Steps:
         else:
             stats = torch.stack([p.mean, p.var])
         flat = x.flatten(2)
-        if x.dtype == dtype:
-            avg = _sum_space(x, x.new_full((len(x), 1, *x.shape[2:]), 1 / flat.shape[2]))
-        else:
-            avg = flat.mean(2, dtype=dtype)
-        return stats.to(dtype), torch.stack([avg, flat.amax(2).to(dtype), flat.amin(2).to(dtype)])
+        return stats.to(dtype), torch.stack([_mean_space(x, dtype), flat.amax(2).to(dtype), flat.amin(2).to(dtype)])
 
     def pool_channels(self, x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Average and maximum of F' over the channels, (B, 2, H, W). `out` may be overwritten, gate_add gets it so."""
-        _normalize(x, n, out).mul_(_map(mc))
-        b, _, h, w = x.shape
-        pooled = x.new_empty(b, h, w, 2, dtype=mc.dtype).permute(0, 3, 1, 2)  # convolution is faster so
-        pooled[:, 0] = out.mean(1, dtype=mc.dtype)
-        pooled[:, 1] = out.amax(1)
-        return pooled
+        return _pool_channels(_normalize(x, n, out).mul_(_map(mc)), mc.dtype)
 
     def gate_add(self, x, n: Norm, mc, ms, shortcut: torch.Tensor, out: torch.Tensor) -> None:
         """Write ``relu(shortcut + F'')`` to `out`."""
@@ -173,7 +178,7 @@ def _top(n: Norm, space: torch.Tensor) -> torch.Tensor:
     return torch.where(n.scale < 0, space[2], space[1])
 
 
-def _spatial_gate(conv: torch.Tensor, bn_stats: torch.Tensor, p: Tail) -> Tuple[torch.Tensor, ...]:
+def _spatial_gate(conv: torch.Tensor, bn_stats: Optional[torch.Tensor], p: Tail) -> Tuple[torch.Tensor, ...]:
     """The sigmoid, the normalised output of the convolution, and its 1 / deviation."""
     if p.bn_weight is None:
         return conv.sigmoid(), conv, conv.new_ones(1)
@@ -188,17 +193,26 @@ def _matrices(p: Tail, dtype: torch.dtype):
         for t in (p.fc1_weight, p.fc1_bias, p.fc2_weight, p.fc2_bias))
 
 
+def _channel_gate(pooled: torch.Tensor, p: Tail) -> Tuple[torch.Tensor, torch.Tensor]:
+    """The hidden layer before its activation, and the gate, given average and maximum of F"""
+    w0, b0, w1, b1 = _matrices(p, pooled.dtype)
+    hidden = F.linear(pooled, w0, b0)
+    return hidden, F.linear(hidden.relu().sum(0), w1, None if b1 is None else 2 * b1).sigmoid()
+
+
+def _convolve(pooled: torch.Tensor, p: Tail) -> torch.Tensor:
+    return F.conv2d(pooled, p.conv_weight.to(pooled.dtype), padding=p.conv_weight.shape[-1] // 2)
+
+
 def forward(
         x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail, steps: Steps = _STEPS) -> Results:
     dtype = accumulation_dtype(x)
     stats, space = steps.pool_space(x, p, dtype)
     stats = torch.cat([stats, torch.stack([p.weight, p.bias]).to(dtype)])
     n = _norm(stats, p)
-    w0, b0, w1, b1 = _matrices(p, dtype)
-    hidden = F.linear(_pooled(n, space), w0, b0)
-    mc = F.linear(hidden.relu().sum(0), w1, None if b1 is None else 2 * b1).sigmoid()
+    hidden, mc = _channel_gate(_pooled(n, space), p)
     pooled = steps.pool_channels(x, n, mc, out)
-    conv = F.conv2d(pooled, p.conv_weight.to(dtype), padding=p.conv_weight.shape[-1] // 2)
+    conv = _convolve(pooled, p)
     bn_stats = conv.new_zeros(4, 1)
     if p.bn_weight is not None:
         mean, var = (conv.mean(), conv.var(correction=0)) if p.bn_training else (p.bn_mean, p.bn_var)
@@ -207,11 +221,22 @@ def forward(
     if p.factor is not None:
         ms = ms * p.factor
     steps.gate_add(x, n, mc, ms, shortcut, out)
-    return Results(stats, bn_stats, space, hidden, mc, pooled, conv)
+    return Results(stats, bn_stats, space, hidden, mc, pooled.contiguous(), conv.contiguous())
 
 
 def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
-    forward(x, shortcut, x, p)
+    """In the place of x, by fewer operations: the poolings over space are those of F."""
+    dtype = accumulation_dtype(x)
+    _batch_norm(x, p.weight, p.bias, p.mean, p.var, p.eps, x)
+    _, mc = _channel_gate(torch.stack([_mean_space(x, dtype), x.flatten(2).amax(2).to(dtype)]), p)
+    conv = _convolve(_pool_channels(x.mul_(_map(mc)), dtype), p)
+    bn_stats = None
+    if p.bn_weight is not None:
+        bn_stats = torch.stack([p.bn_mean, p.bn_var, p.bn_weight, p.bn_bias]).to(dtype)
+    ms, _, _ = _spatial_gate(conv, bn_stats, p)
+    if p.factor is not None:
+        ms = ms * p.factor
+    torch.addcmul(shortcut, x, ms.to(x.dtype), out=x).relu_()
 
 
 def backward(
@@ -235,7 +260,8 @@ def backward(
             dz = dz - (dbn[1] + normal * dbn[0]) / dz.numel()
         dz = dz * (bn_invstd * p.bn_weight.to(dtype))
     dpooled, dkernel, _ = torch.ops.aten.convolution_backward(
-        dz, r.pooled, kernel, None, [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
+        dz, r.pooled.contiguous(memory_format=torch.channels_last), kernel, None,
+        [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
     davg, dmax = dpooled[:, :1] / x.shape[1], dpooled[:, 1:] / ties
     index = index.long() if x.device.type == 'cpu' and bool((ties == 1).all()) else None
     t0, t1 = steps.b(x, n, mc, avg, davg, dmax, highest, index)
