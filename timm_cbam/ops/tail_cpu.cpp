@@ -36,9 +36,10 @@ ParallelFor parallel_for;
 // Run f(begin, end) over pieces of 0..n; inside of another par everything runs in the calling thread.
 template <class F>
 void par(i64 n, i64 grain, F&& f) {
-    parallel_for(0, n, std::max<i64>(1, grain), [](i64 begin, i64 end, void* context) {
+    const int32_t failed = parallel_for(0, n, std::max<i64>(1, grain), [](i64 begin, i64 end, void* context) {
         (*static_cast<std::remove_reference_t<F>*>(context))(begin, end);
     }, &f);
+    if (failed) throw std::bad_alloc();  // the only exception that f can throw; torch_parallel_for has caught it
 }
 
 struct bfloat16 {

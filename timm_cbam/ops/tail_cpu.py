@@ -31,7 +31,7 @@ class _Args(ctypes.Structure):
 
 
 def supports(x: torch.Tensor) -> bool:
-    return x.device.type == 'cpu' and x.dtype in _DTYPES and LIBRARY is not None
+    return x.device.type == 'cpu' and x.dtype in _DTYPES and x.numel() > 0 and LIBRARY is not None
 
 
 class _Call:
@@ -136,4 +136,5 @@ def norm_relu(x, weight, bias, mean, var, eps: float, relu: bool) -> None:
     small = [t.to(dtype).contiguous() for t in (weight, bias, mean, var)]
     args.out = x.data_ptr()
     args.weight, args.bias, args.mean, args.var = (t.data_ptr() for t in small)
-    LIBRARY.cbam_norm_relu(ctypes.byref(args), ctypes.c_int64(relu))
+    if LIBRARY.cbam_norm_relu(ctypes.byref(args), ctypes.c_int64(relu)):
+        raise MemoryError('timm_cbam: not enough memory for cbam_norm_relu')
