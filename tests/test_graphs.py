@@ -1399,5 +1399,6 @@ def test_ties(scenario, order, channels_last, kind, training):
         scenario(block, x)
     if channels_last:
         block, x = (t.to(memory_format=torch.channels_last) for t in (block, x))
-    # without any variance the last batch-norm amplifies rounding errors by the hundreds
-    check(gradient_of_gradients if order == 2 else lambda b, x: gradients(b, x, loss(b(x))), block, x, floor=1.)
+    # without any variance the last batch-norm amplifies rounding errors by the hundreds, each time
+    scenario, floor = (gradient_of_gradients, 1e3) if order == 2 else (lambda b, x: gradients(b, x, loss(b(x))), 1.)
+    check(scenario, block, x, floor=floor)
