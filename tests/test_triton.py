@@ -183,7 +183,7 @@ def test_statistics(memory_format):
         x = tensors['x'].to(DEVICE, dtype).contiguous(memory_format=FORMATS[memory_format])
         p = Tail(**{name: tensors[name] for name in Tail._fields if name in tensors}, training=True, eps=1e-5,
                  bn_training=False, bn_eps=1e-5)
-        stats, space = tail_triton.TritonSteps.pool_space(x, p, dtype)
+        stats, space = tail_triton.TritonSteps().pool_space(x, p, dtype)
         var, mean = torch.var_mean(tensors['x'], (0, 2, 3), correction=0)
         flat = tensors['x'].flatten(2)
         assert error(stats[0], mean) < 10 * torch.finfo(dtype).eps
