@@ -14,8 +14,8 @@ curve: a picture of the losses of 200 training steps on scikit-learn's handwritt
 The networks of speed and memory are timm's ResNet without attention ("plain"), with timm's SE and CBAM, and with CBAM
 written as the article describes it, and ours module by module ("plain ops"), fused by PyTorch's operations as where no
 library was built ("torch ops"), and as it is installed ("ours"). `speed --all` runs all the rows of README's table in
-both memory formats, `--networks` chooses some of the networks. Nothing else should run on the machine: with fewer free
-cores than --threads, each of PyTorch's operations waits for the scheduler.
+both memory formats. Nothing else should run on the machine: with fewer free cores than --threads, each of PyTorch's
+operations waits for the scheduler.
 """
 import argparse
 import compileall
@@ -92,8 +92,6 @@ def create_networks(args: argparse.Namespace) -> Dict[str, nn.Module]:
             ('torch ops', ours, {}),
             ('ours', ours, {}),
     ):
-        if name not in args.networks:
-            continue
         torch.manual_seed(0)
         model = timm.create_model(model_name, block_args=block_args)
         for module in model.modules():
@@ -133,7 +131,7 @@ def device_name(device: str) -> str:
 
 def report(args: argparse.Namespace, rows: List[Dict[str, Any]]) -> None:
     """Print the settings and a table of rows, append both to the file of --json."""
-    settings = {key: value for key, value in vars(args).items() if key not in ('run', 'json', 'all', 'networks')}
+    settings = {key: value for key, value in vars(args).items() if key not in ('run', 'json', 'all')}
     settings.update(
         device_name=device_name(args.device),
         torch=torch.__version__,
@@ -205,10 +203,10 @@ def speed_all(args: argparse.Namespace) -> None:
             rows = speed(argparse.Namespace(**{**vars(args), **settings, 'channels_last': channels_last}))
             for measured in rows:
                 table.setdefault(row, {}).setdefault(measured['network'], []).append(f"{measured['relative']:.2f}")
-    print(f"| relative to plain, NCHW / channels-last | {' | '.join(args.networks[1:])} |")
-    print('|---' * len(args.networks) + '|')
+    print(f"| relative to plain, NCHW / channels-last | {' | '.join(NETWORKS[1:])} |")
+    print('|---' * len(NETWORKS) + '|')
     for row, cells in table.items():
-        print(f"| {row} | {' | '.join(' / '.join(cells.get(name, ['-'])) for name in args.networks[1:])} |")
+        print(f"| {row} | {' | '.join(' / '.join(cells.get(name, ['-'])) for name in NETWORKS[1:])} |")
 
 
 def speed(args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -298,7 +296,6 @@ def add_network_options(command: argparse.ArgumentParser) -> None:
     command.add_argument('--size', type=int, default=224, help='of the images')
     command.add_argument('--channels-last', action='store_true')
     command.add_argument('--amp', action='store_true', help='autocast to bfloat16')
-    command.add_argument('--networks', nargs='+', choices=NETWORKS, default=NETWORKS, metavar='NAME')
     command.add_argument('--json', type=Path, metavar='FILE', help='append a line of JSON for each network')
 
 

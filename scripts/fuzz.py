@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 from timm_cbam import fusion
 from timm_cbam.convert import convert
-from timm_cbam.ops import native, tail_cpu
 
 _SECONDS = 20  # that a damaged file may take
 _MIB = 1500  # that damaged files may add to the memory of the process
@@ -276,13 +275,7 @@ def main() -> int:
     parser.add_argument('what', choices=('models', 'files'))
     parser.add_argument('--cases', type=int, default=10_000)
     parser.add_argument('--first', type=int, default=0, help='number of the first case')
-    parser.add_argument(
-        '--implementation', choices=('native', 'torch'), help='of fused operations; by default what there is')
     args = parser.parse_args()
-    if args.implementation == 'torch':
-        tail_cpu.supports = lambda x: False
-    elif args.implementation == 'native' and tail_cpu.LIBRARY is None:
-        parser.error(native.load()[1])
     warnings.simplefilter('ignore')
     logging.disable()
     counts, failures = collections.Counter(), 0

@@ -120,7 +120,7 @@ def test_wheel_without_compiler(variables, why, checkout, tmp_path):
     assert library.exists()
 
 
-@pytest.mark.skipif(not COMPILERS, reason='compiles')
+@pytest.mark.skipif(not COMPILERS, reason='it compiles, which needs a C++ compiler')
 def test_all_levels_or_none(monkeypatch, tmp_path):
     """The last level fails; what the others gave goes, and so does what was there before."""
     monkeypatch.syspath_prepend(ROOT / 'scripts')

@@ -15,7 +15,8 @@ import pytest
 from timm_cbam.ops import native
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(
-    sys.platform != 'linux' or not shutil.which('g++') or native.load()[0] is None, reason='made for GCC on Linux')]
+    sys.platform != 'linux' or not shutil.which('g++') or native.load()[0] is None,
+    reason='the sanitizers, and how they are preloaded, are those of GCC on Linux; they watch the native loops')]
 
 TESTS = Path(__file__).parent
 PACKAGE = Path(native.__file__).parents[1]

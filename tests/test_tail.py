@@ -35,7 +35,7 @@ def implementation(request, monkeypatch):
     if request.param == 'torch':
         monkeypatch.setattr(tail_cpu, 'supports', lambda x: False)
     elif tail_cpu.LIBRARY is None:
-        pytest.skip(native.load()[1])
+        pytest.skip(f'there are no native loops here: {native.load()[1]}')
     return request.param
 
 

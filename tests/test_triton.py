@@ -247,7 +247,7 @@ def test_tiles():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(DEVICE == 'cuda' or INTERPRETER, reason='the kernels run in this process')
+@pytest.mark.skipif(DEVICE == 'cuda' or INTERPRETER, reason='this very process has run the kernels')
 def test_in_interpreter():
     result = subprocess.run(
         [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__],
@@ -256,7 +256,7 @@ def test_in_interpreter():
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(INTERPRETER, reason='the interpreter does not compile')
+@pytest.mark.skipif(INTERPRETER, reason='in the interpreter nothing is compiled; the run without it has this test')
 def test_compiles_for_gpu(tmp_path):
     """A GPU is needed to run kernels, but not to compile them."""
     run('''

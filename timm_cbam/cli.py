@@ -1,6 +1,5 @@
 """The command `timm-cbam`"""
 import argparse
-import os
 import sys
 from importlib import import_module
 from typing import List, Optional
@@ -8,18 +7,18 @@ from typing import List, Optional
 import torch
 from timm.models import create_model, get_arch_pretrained_cfgs, list_models
 
-from . import __version__
+from . import __version__, fusion
 from .ops import native
 
 __all__ = ['main']
 
 
 class _Version(argparse.Action):
-    """As argparse's own, with what runs on CPU, which is looked up only when it is asked for."""
+    """As argparse's own, with what runs on CPU."""
 
     def __call__(self, parser, *args):
         library, which = native.load()
-        if os.environ.get('TIMM_CBAM_FUSED') == '0':
+        if not fusion.FUSED:
             implementation = 'module by module (TIMM_CBAM_FUSED=0)'
         elif library:
             implementation = f'native loops ({which})'

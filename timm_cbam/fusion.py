@@ -6,20 +6,17 @@ transforms what is executed. Otherwise the block runs module by module, as timm'
 that decides this, and :func:`forward` the only one that turns modules into arguments.
 """
 import os
-from importlib.util import find_spec
 from itertools import zip_longest
 from typing import Dict, Iterable, Optional, Tuple
 
 import torch
-from timm.layers import DropPath
-from timm.layers.activations import Sigmoid
-from timm.layers.pool2d_same import AvgPool2dSame
+from timm.layers import AvgPool2dSame, DropPath, Sigmoid
 from torch import nn
 from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .ops import Tail, cbam_tail, norm_relu_, tail_cpu
+from .ops import HAS_TRITON, Tail, cbam_tail, norm_relu_, tail_cpu
 
 __all__ = ['forward', 'fuses']
 
@@ -28,7 +25,7 @@ FUSED = os.environ.get('TIMM_CBAM_FUSED', '1') != '0'
 _Dtypes = Tuple[torch.dtype, ...]
 _DTYPES: Dict[str, _Dtypes] = {
     'cpu': (torch.float32, torch.float64, torch.bfloat16),
-    'cuda': (torch.float32, torch.float16, torch.bfloat16) if find_spec('triton') else (),
+    'cuda': (torch.float32, torch.float16, torch.bfloat16) if HAS_TRITON else (),
 }
 
 # Branches up to the convolution before the tail, with the types of their modules; the last norm and act are the tail's.
@@ -38,7 +35,7 @@ _BASIC = (
 _BOTTLENECK = (
     ('conv1', nn.Conv2d), ('bn1', nn.BatchNorm2d), ('act1', nn.ReLU), ('conv2', nn.Conv2d), ('bn2', nn.BatchNorm2d),
     ('drop_block', nn.Identity), ('act2', nn.ReLU), ('aa', nn.Identity), ('conv3', nn.Conv2d))
-_DOWNSAMPLE = (nn.AvgPool2d, AvgPool2dSame, nn.Identity)  # beside convolution and norm
+_DOWNSAMPLE = (nn.Conv2d, nn.AvgPool2d, AvgPool2dSame, nn.Identity)  # beside batch-norm
 
 # What runs when a module is called. Instances that have one of these names of their own, and classes that somebody has
 # patched, are not what their type says.
@@ -72,7 +69,7 @@ def _are_plain(tensors: Iterable[Optional[torch.Tensor]], device: torch.device, 
         found = found or t.dtype
         if t.dtype is not found or t.device != device or t.layout is not torch.strided:
             return False
-    return found in dtypes
+    return found is None or found in dtypes
 
 
 def _is_norm(m: Optional[nn.Module], device: torch.device, dtypes: _Dtypes) -> bool:
@@ -182,7 +179,7 @@ def fuses(block: nn.Module, x: torch.Tensor) -> bool:
     if block._backward_hooks and not block._is_full_backward_hook:
         return False  # they see the last operation of the block
     for name, cls in names:
-        if not _is(modules[name], cls):
+        if not (_is_norm(modules[name], device, norm_dtypes) if cls is nn.BatchNorm2d else _is(modules[name], cls)):
             return False
     if not (
             _is_norm(norm, device, norm_dtypes) and _is(act, nn.ReLU)
@@ -197,11 +194,8 @@ def fuses(block: nn.Module, x: torch.Tensor) -> bool:
             if type(m) is nn.BatchNorm2d:
                 if m is norm or not _is_norm(m, device, norm_dtypes):
                     return False
-            elif type(m) is nn.Conv2d:
-                if not _is(m, nn.Conv2d) or not _are_plain(
-                        [p for p in m._parameters.values() if p is not None], device, weight_dtypes):
-                    return False
-            elif type(m) not in _DOWNSAMPLE or not _is(m, type(m)):
+            elif type(m) not in _DOWNSAMPLE or not _is(m, type(m)) or not _are_plain(
+                    [p for p in m._parameters.values() if p is not None], device, weight_dtypes):
                 return False
     return drop_path is None or _is(drop_path, DropPath) and 0 <= drop_path.drop_prob <= 1
 
@@ -218,7 +212,7 @@ def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
         return x
     previous, relu_is_done = None, False
     for m, following in zip_longest(modules, modules[1:]):
-        if previous is not None and _normalizes_in_place(m, previous, x):
+        if _normalizes_in_place(m, previous, x):
             relu_is_done = type(following) is nn.ReLU
             x = norm_relu_(x, m, relu_is_done)
         elif not (type(m) is nn.ReLU and relu_is_done):
@@ -228,11 +222,15 @@ def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
     return x
 
 
-def _normalizes_in_place(m: nn.Module, previous: nn.Module, x: torch.Tensor) -> bool:
+def _normalizes_in_place(m: nn.Module, previous: Optional[nn.Module], x: torch.Tensor) -> bool:
     return (
-        type(x) is torch.Tensor and type(m) is nn.BatchNorm2d and type(previous) is nn.Conv2d and not m.training
-        and _is_norm(m, x.device, _norm_dtypes(x.dtype)) and m.weight.shape[0] == x.shape[1] and x.numel() > 0
-        and (x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)))
+        type(m) is nn.BatchNorm2d and type(previous) is nn.Conv2d and not m.training and _suits(m, x) and x.numel() > 0)
+
+
+def _suits(norm: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a convolution's output is what the norm takes: its weights may have been of another kind or size."""
+    return (
+        type(x) is torch.Tensor and norm.weight.dtype in _norm_dtypes(x.dtype) and x.shape[1:2] == norm.weight.shape)
 
 
 def forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -242,23 +240,20 @@ def forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
     shortcut = x
     x = _run(x, [modules[name] for name, _ in names])
     se, drop_path, downsample = modules['se'], block.drop_path, block.downsample
-    channel, spatial = se.channel, se.spatial
-    bn = spatial.bn if type(spatial.bn) is nn.BatchNorm2d else None
-    fits = (
-        type(x) is torch.Tensor and x.shape[1:2] == norm.weight.shape and x.numel() > x.shape[1]
-        and (bn is None or not bn.training or x.numel() > x.shape[1]))  # more than one value in training
-    if not fits:
+    # more than one value for each channel, as batch-norm wants in training
+    fits = _suits(norm, x) and x.numel() > x.shape[1]
+    if fits and downsample is not None:
+        shortcut = _run(shortcut, downsample)
+    if not fits or x.shape != shortcut.shape or x.dtype != shortcut.dtype:  # timm's way, to timm's error or broadcast
         x = se(norm(x))
         if drop_path is not None:
             x = drop_path(x)
-    if downsample is not None:
-        shortcut = _run(shortcut, downsample)
-    if not fits:
+        if not fits and downsample is not None:
+            shortcut = downsample(shortcut)
         return act(x + shortcut)
-    if x.shape != shortcut.shape or x.dtype != shortcut.dtype:
-        x = se(norm(x))
-        return act((x if drop_path is None else drop_path(x)) + shortcut)
 
+    channel, spatial = se.channel, se.spatial
+    bn = spatial.bn if type(spatial.bn) is nn.BatchNorm2d else None
     for n in (norm, bn):
         if n is not None and n.training and n.num_batches_tracked is not None:
             n.num_batches_tracked.add_(1)

@@ -8,7 +8,6 @@ and * the element-wise product (gates are broadcast along their missing dimensio
 from typing import Final, Optional, Type, Union
 
 import torch
-import torch.nn.functional as F
 from timm.layers import create_act_layer, make_divisible
 from torch import nn
 
@@ -97,16 +96,6 @@ class ChannelAttention(nn.Module):
         pooled = torch.cat([x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)], dim=3)
         return self.gate(self.fc2(self.act(self.fc1(pooled))).sum(dim=3, keepdim=True))
 
-    def pooled_gate(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Channel gate of a pooled map, average and maximum: (2, B, C) to (B, C, 1, 1).
-
-        The MLP's layers are used as matrices, which on CPU is several times as fast as convolutions of two pixels, and
-        the second, being linear, runs once over the sum.
-        """
-        hidden = self.act(F.linear(pooled, self.fc1.weight.flatten(1), self.fc1.bias)).sum(0)
-        bias = None if self.fc2.bias is None else 2 * self.fc2.bias
-        return self.gate(F.linear(hidden, self.fc2.weight.flatten(1), bias))[..., None, None]
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.attention_map(x)
 
@@ -171,10 +160,6 @@ class SpatialAttention(nn.Module):
             pooled = x.amax(1, keepdim=True)
         else:
             pooled = torch.cat([x.mean(1, keepdim=True), x.amax(1, keepdim=True)], dim=1)
-        return self.pooled_gate(pooled)
-
-    def pooled_gate(self, pooled: torch.Tensor) -> torch.Tensor:
-        """Spatial gate of a pooled map: (B, 2, H, W), with one pooling (B, 1, H, W), to (B, 1, H, W)."""
         return self.gate(self.bn(self.conv(pooled)))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

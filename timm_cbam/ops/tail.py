@@ -25,81 +25,17 @@ it differentiates. Results are at least as accurate as those of the reference in
 """
 from importlib.util import find_spec
 from types import ModuleType
-from typing import List, NamedTuple, Optional, Tuple
+from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
 
+from . import tail_cpu, tail_torch
+from .arguments import Gradients, Results, Tail, accumulation_dtype, dense, gradient_shapes, result_shapes
+
 __all__ = ['Tail', 'cbam_tail', 'cbam_tail_ref', 'norm_relu_']
 
-
-class Tail(NamedTuple):
-    """Arguments of the operator beside the maps: parameters, buffers and attributes of a block's modules."""
-    weight: torch.Tensor  # (C,) of the batch-norm
-    bias: torch.Tensor
-    mean: torch.Tensor  # running statistics
-    var: torch.Tensor
-    fc1_weight: torch.Tensor  # (R, C, 1, 1)
-    fc1_bias: Optional[torch.Tensor]
-    fc2_weight: torch.Tensor  # (C, R, 1, 1)
-    fc2_bias: Optional[torch.Tensor]
-    conv_weight: torch.Tensor  # (1, 2, K, K), K odd
-    bn_weight: Optional[torch.Tensor]  # (1,) of the spatial attention's batch-norm, which may be missing
-    bn_bias: Optional[torch.Tensor]
-    bn_mean: Optional[torch.Tensor]
-    bn_var: Optional[torch.Tensor]
-    factor: Optional[torch.Tensor]  # (B, 1, 1, 1) of each sample's branch: stochastic depth
-    training: bool  # the batch-norm's statistics are those of the batch
-    eps: float
-    bn_training: bool  # and of the spatial attention's batch-norm
-    bn_eps: float
-
-
-class Results(NamedTuple):
-    """What the forward pass leaves for the backward pass, in the dtype of accumulation."""
-    stats: torch.Tensor  # (4, C) mean and (biased) variance, weight and bias of the batch-norm as they are now
-    bn_stats: torch.Tensor  # (4, 1) of the spatial attention's
-    space: torch.Tensor  # (3, B, C) average, maximum and minimum of x over space
-    hidden: torch.Tensor  # (2, B, R) of the MLP before its activation, for average and maximum
-    mc: torch.Tensor  # (B, C)
-    pooled: torch.Tensor  # (B, 2, H, W) average and maximum of F' over the channels
-    conv: torch.Tensor  # (B, 1, H, W) output of the convolution
-
-
-class Gradients(NamedTuple):
-    """In the order of the operator's arguments"""
-    x: torch.Tensor
-    shortcut: torch.Tensor
-    weight: torch.Tensor
-    bias: torch.Tensor
-    fc1_weight: torch.Tensor
-    fc1_bias: torch.Tensor
-    fc2_weight: torch.Tensor
-    fc2_bias: torch.Tensor
-    conv_weight: torch.Tensor
-    bn: torch.Tensor  # (2,) weight and bias
-
-
-def accumulation_dtype(x: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def result_shapes(x: torch.Tensor, p: Tail) -> Tuple[Tuple[int, ...], ...]:
-    b, c, h, w = x.shape
-    return (4, c), (4, 1), (3, b, c), (2, b, p.fc1_weight.shape[0]), (b, c), (b, 2, h, w), (b, 1, h, w)
-
-
-def gradient_shapes(p: Tail) -> Tuple[Tuple[int, ...], ...]:
-    """Of all but the maps; also of biases that are missing, whose gradients nobody uses"""
-    r, c = p.fc1_weight.shape[:2]
-    return (c,), (c,), (r, c, 1, 1), (r,), (c, r, 1, 1), (c,), tuple(p.conv_weight.shape), (2,)
-
-
-def dense(t: torch.Tensor, x: Optional[torch.Tensor] = None) -> torch.Tensor:
-    """A map in the memory format of x, or in one of the two."""
-    x = t if x is None else x
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+HAS_TRITON = find_spec('triton') is not None
 
 
 def _branch_ref(x: torch.Tensor, p: Tail) -> torch.Tensor:
@@ -128,17 +64,17 @@ def cbam_tail_ref(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> torch.Ten
 
 def _implementation(x: torch.Tensor) -> ModuleType:
     """The module that does the work: same functions, same results."""
-    from . import tail_cpu, tail_torch
-
     if tail_cpu.supports(x):
         return tail_cpu
-    if x.device.type == 'cuda' and find_spec('triton'):
-        from . import tail_triton
+    if x.device.type == 'cuda' and HAS_TRITON:
+        from . import tail_triton  # imports triton, which takes long
 
         return tail_triton
     return tail_torch
 
 
+_TENSORS = Tail._fields.index('training')  # that many come first, then flags
+_ARGUMENTS = 2 + len(Tail._fields)  # of the operator: x, shortcut, and these
 _BIASES = tuple(Tail._fields.index(name) for name in ('bias', 'fc1_bias', 'fc2_bias', 'bn_bias'))
 
 
@@ -210,10 +146,10 @@ def _save(ctx, x, out, parameters, results) -> None:
     ctx.set_materialize_grads(False)
     # As with plain operations a bias may be written to before the backward pass, its values are among the results, and
     # a running statistic may not, but by the operator itself.
-    tensors = [t for i, t in enumerate(parameters[:14]) if i not in _BIASES]
+    tensors = [t for i, t in enumerate(parameters[:_TENSORS]) if i not in _BIASES]
     ctx.save_for_backward(x, out, *tensors, *results)
     ctx.biases = [parameters[i] for i in _BIASES]
-    ctx.flags = parameters[14:]
+    ctx.flags = parameters[_TENSORS:]
 
 
 def _setup_context(ctx, inputs, output):
@@ -243,9 +179,9 @@ def _differentiate_reference(ctx, grad, x, out, p: Tail, r: Results) -> List[Opt
     if p.bn_weight is not None:
         bn_mean, bn_var = r.bn_stats[:2].to(p.bn_weight.dtype)
         p = p._replace(bn_mean=bn_mean, bn_var=bn_var)
-    inputs = (x, None, *p[:14])
+    inputs = (x, None, *p[:_TENSORS])
     wanted = [i for i, (t, needed) in enumerate(zip(inputs, ctx.needs_input_grad, strict=False)) if needed and i != 1]
-    gradients: List[Optional[torch.Tensor]] = [None] * 20
+    gradients: List[Optional[torch.Tensor]] = [None] * _ARGUMENTS
     gradients[1] = g = torch.ops.aten.threshold_backward(grad, out, 0)
 
     def branch(*values: torch.Tensor) -> torch.Tensor:
@@ -268,9 +204,10 @@ def _differentiate_reference(ctx, grad, x, out, p: Tail, r: Results) -> List[Opt
 
 def _autograd_backward(ctx, grad, *_):
     if grad is None:
-        return (None,) * 20
+        return (None,) * _ARGUMENTS
     x, out, *saved = ctx.saved_tensors
-    tensors, results = saved[:14 - len(_BIASES)], Results(*saved[14 - len(_BIASES):])
+    count = _TENSORS - len(_BIASES)
+    tensors, results = saved[:count], Results(*saved[count:])
     for i, bias in zip(_BIASES, ctx.biases, strict=True):
         tensors.insert(i, bias)
     p = Tail(*tensors, *ctx.flags)
@@ -282,7 +219,7 @@ def _autograd_backward(ctx, grad, *_):
         d.weight, d.bias, None, None, d.fc1_weight, d.fc1_bias, d.fc2_weight, d.fc2_bias, d.conv_weight, bn_weight,
         bn_bias)
     gradients = [None if t is None or g is None else g.to(t.dtype) for g, t in zip(found, p, strict=False)]
-    return d.x, d.shortcut, *gradients, *(None,) * 7
+    return d.x, d.shortcut, *gradients, *(None,) * (_ARGUMENTS - 2 - len(gradients))
 
 
 def _update(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:

@@ -59,16 +59,11 @@ struct bfloat16 {
     }
 };
 
-inline float mad(float a, float b, float c) {
+// a * b + c, rounded once where PyTorch's own loops of this SIMD level do so
+template <class A>
+inline A mad(A a, A b, A c) {
 #ifdef __FMA__
-    return __builtin_fmaf(a, b, c);
-#else
-    return a * b + c;
-#endif
-}
-inline double mad(double a, double b, double c) {
-#ifdef __FMA__
-    return __builtin_fma(a, b, c);
+    return std::fma(a, b, c);
 #else
     return a * b + c;
 #endif
@@ -504,15 +499,22 @@ struct Tail {
     }
     A bn_invstd() const { return static_cast<A>(1 / std::sqrt(static_cast<double>(bn_stats[1]) + a.bn_eps)); }
 
+    struct Affine {  // (z - mean) * scale + bias
+        A mean, scale, bias;
+    };
+    Affine spatial_norm() const {
+        if (!bn_slope) return {A(0), A(1), A(0)};
+        return {bn_stats[0], bn_invstd() * bn_stats[2], bn_stats[3]};
+    }
+
     // ms of some pixels of a sample, scaled by stochastic depth
     void spatial_gate(i64 b, i64 p0, i64 p1) {
         const A* R z = conv + b * P;
         A* R ms = gates.get() + b * P;
         const A f = factor ? factor[b] : A(1);
-        const A m = bn_slope ? bn_stats[0] : A(0), k = bn_slope ? bn_invstd() * bn_stats[2] : A(1);
-        const A d = bn_slope ? bn_stats[3] : A(0);
+        const Affine bn = spatial_norm();
 #pragma omp simd
-        for (i64 p = p0; p < p1; p++) ms[p] = sigmoid(mad(z[p] - m, k, d)) * f;
+        for (i64 p = p0; p < p1; p++) ms[p] = sigmoid(mad(z[p] - bn.mean, bn.scale, bn.bias)) * f;
     }
 
     void gate_add(i64 b0, i64 b1) {
@@ -694,11 +696,10 @@ struct Tail {
             const A f = factor ? factor[b] : A(1);
             A *R dms = px.dms + b * P;
             const A* R z = conv + b * P;
-            const A m = bn_slope ? bn_stats[0] : A(0), k = bn_slope ? bn_invstd() * bn_stats[2] : A(1);
-            const A d = bn_slope ? bn_stats[3] : A(0);
+            const Affine bn = spatial_norm();
 #pragma omp simd
             for (i64 p = 0; p < P; p++) {
-                const A gate = sigmoid(mad(z[p] - m, k, d));
+                const A gate = sigmoid(mad(z[p] - bn.mean, bn.scale, bn.bias));
                 dms[p] = dms[p] * f * gate * (1 - gate);
             }
         }

@@ -10,7 +10,7 @@ from typing import Any, List, Optional, Sequence
 import torch
 
 from . import native
-from .tail import Gradients, Results, Tail, accumulation_dtype, gradient_shapes, result_shapes
+from .arguments import Gradients, Results, Tail, accumulation_dtype, gradient_shapes, result_shapes
 
 LIBRARY = native.load()[0]
 _DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}

@@ -13,7 +13,7 @@ from typing import Iterator, NamedTuple, Optional, Tuple
 import torch
 import torch.nn.functional as F
 
-from .tail import Gradients, Results, Tail, accumulation_dtype
+from .arguments import Gradients, Results, Tail, accumulation_dtype
 
 _CHUNK = 1 << 18  # elements for each thread: two such maps in float32 fill the 2 MB of a core's cache
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from . import tail_torch
-from .tail import Gradients, Results, Tail
+from .arguments import Gradients, Results, Tail
 from .tail_torch import Norm, Steps
 
 
@@ -290,7 +290,7 @@ class TritonSteps(Steps):
     pixels share the maximum over space. What is compared is x, as in tail_torch: where F is equal for different x only
     because it is rounded, x still tells which is larger.
 
-    space: as in :class:`.tail.Results`.
+    space: as in :class:`.arguments.Results`.
     """
 
     def __init__(self, space: Optional[torch.Tensor] = None) -> None:
