@@ -76,9 +76,11 @@ def _is_norm(m: Optional[nn.Module], device: torch.device, dtypes: _Dtypes) -> b
     if not _is(m, nn.BatchNorm2d) or m.momentum is None or not m.track_running_stats:
         return False
     parameters, buffers = m._parameters, m._buffers
-    tensors = [d.get(name) for d, name in (
-        (parameters, 'weight'), (parameters, 'bias'), (buffers, 'running_mean'), (buffers, 'running_var'))]
-    return _are_plain(tensors, device, dtypes) and all(t.shape == tensors[0].shape for t in tensors)
+    weight, bias = parameters.get('weight'), parameters.get('bias')
+    mean, var = buffers.get('running_mean'), buffers.get('running_var')
+    return (
+        _are_plain((weight, bias, mean, var), device, dtypes)
+        and weight.shape == bias.shape == mean.shape == var.shape)
 
 
 def _norm_dtypes(dtype: torch.dtype) -> _Dtypes:
