@@ -10,7 +10,7 @@ import pytest
 import torch
 from helpers import run
 
-from timm_cbam import __version__
+from timm_cbam import __version__, fusion
 from timm_cbam.cli import main
 from timm_cbam.ops import native
 
@@ -105,13 +105,13 @@ def test_library_of_another_version(load, library):
     assert not library.calls
 
 
-@pytest.mark.parametrize('env, library, which, expected', [
-    ('1', object(), 'avx2', 'native loops (avx2)'),
-    ('1', None, 'no reason', 'PyTorch operations (no reason)'),
-    ('0', object(), 'avx2', 'module by module (TIMM_CBAM_FUSED=0)')])
-def test_version_says_what_runs(env, library, which, expected, monkeypatch, capsys):
+@pytest.mark.parametrize('fused, library, which, expected', [
+    (True, object(), 'avx2', 'native loops (avx2)'),
+    (True, None, 'no reason', 'PyTorch operations (no reason)'),
+    (False, object(), 'avx2', 'module by module (TIMM_CBAM_FUSED=0)')])
+def test_version_says_what_runs(fused, library, which, expected, monkeypatch, capsys):
     monkeypatch.setattr(native, 'load', lambda: (library, which))
-    monkeypatch.setenv('TIMM_CBAM_FUSED', env)
+    monkeypatch.setattr(fusion, 'FUSED', fused)
     with pytest.raises(SystemExit) as e:
         main(['--version'])
     assert e.value.code == 0
