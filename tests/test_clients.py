@@ -13,7 +13,7 @@ from helpers import liven, plain_path, relative_error
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from timm_cbam.fusion import fuses
+from timm_cbam.fusion import match
 
 NAMES = ('cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_eccv18')
 
@@ -41,7 +41,7 @@ def images():
 def test_models_are_fused(name):
     for inplace in (False, True):
         model = create(name, inplace)
-        assert all(fuses(layer[0], torch.zeros(2, layer[0].conv1.in_channels, 8, 8, dtype=torch.float64)) for layer in (
+        assert all(match(layer[0], torch.zeros(2, layer[0].conv1.in_channels, 8, 8, dtype=torch.float64)) for layer in (
             model.layer1, model.layer2, model.layer3, model.layer4))
 
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from timm_cbam import Cbam
 from timm_cbam.cbam_resnet import CbamBasicBlock, CbamBottleneck
-from timm_cbam.fusion import fuses
+from timm_cbam.fusion import match
 from timm_cbam.layers import ChannelAttention, SpatialAttention
 
 # ---- blocks, and what running one leaves behind
@@ -199,9 +199,9 @@ def test_untouched(name, mode):
     """An untouched block is fused, and plain is timm's block, which knows nothing of fusion, bit for bit."""
     block = make(name).train(mode.startswith('train'))
     with torch.set_grad_enabled('no_grad' not in mode):
-        assert fuses(block, sample())
+        assert match(block, sample())
         with plain_path():
-            assert not fuses(block, sample())
+            assert not match(block, sample())
     check(name, modes=[mode], without_effect=MODES)
     theirs = outcome(name, mode, use=lambda b, x: type(b).__base__.forward(b, x))
     expected = _untouched(name, mode)

@@ -761,11 +761,11 @@ def test_switch():
         from timm_cbam import fusion
         torch.manual_seed(0)
         model = timm.create_model('cbam_resnet18', zero_init_last=False).eval()
-        print(fusion.fuses(model.layer1[0], torch.randn(2, 64, 8, 8)))
+        print(fusion.match(model.layer1[0], torch.randn(2, 64, 8, 8)))
         print(model(torch.randn(2, 3, 64, 64)).shape)
     """
     assert run(code, TIMM_CBAM_FUSED='0') == 'False\ntorch.Size([2, 1000])\n'
-    assert fusion.fuses(liven(timm.create_model('cbam_resnet18')).layer1[0], torch.randn(2, 64, 8, 8))
+    assert fusion.match(liven(timm.create_model('cbam_resnet18')).layer1[0], torch.randn(2, 64, 8, 8))
 
 
 def test_import_without_triton():

@@ -39,8 +39,9 @@ class CbamBasicBlock(BasicBlock):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if fusion.fuses(self, x):
-                return fusion.forward(self, x)
+            parts = fusion.match(self, x)
+            if parts is not None:
+                return fusion.forward(parts, x)
 
         shortcut = x
         x = self.conv1(x)
@@ -65,8 +66,9 @@ class CbamBottleneck(Bottleneck):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not torch.jit.is_scripting():
-            if fusion.fuses(self, x):
-                return fusion.forward(self, x)
+            parts = fusion.match(self, x)
+            if parts is not None:
+                return fusion.forward(parts, x)
 
         shortcut = x
         x = self.conv1(x)

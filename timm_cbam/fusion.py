@@ -2,12 +2,15 @@
 
 The operator of ops/tail.py stands for a dozen modules, which then do not run. It may do so only where nobody can tell:
 every module of the block has exactly the type that it computes, with nothing attached to it, and nothing watches or
-transforms what is executed. Otherwise the block runs module by module, as timm's does. :func:`fuses` is the only place
+transforms what is executed. Otherwise the block runs module by module, as timm's does. :func:`match` is the only place
 that decides this, and :func:`forward` the only one that turns modules into arguments.
+
+At batch 1 what happens here takes as long as the attention itself: everything is looked at once, where it is stored.
 """
 import os
-from itertools import zip_longest
-from typing import Dict, Iterable, Optional, Tuple
+from itertools import chain, zip_longest
+from operator import attrgetter, itemgetter
+from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from timm.layers import AvgPool2dSame, DropPath, Sigmoid
@@ -18,69 +21,98 @@ from torch.utils._device import DeviceContext
 from .layers import Cbam, ChannelAttention, SpatialAttention
 from .ops import HAS_TRITON, Tail, cbam_tail, norm_relu_, tail_cpu
 
-__all__ = ['forward', 'fuses']
+__all__ = ['forward', 'match']
 
 FUSED = os.environ.get('TIMM_CBAM_FUSED', '1') != '0'
 
 _Dtypes = Tuple[torch.dtype, ...]
+_Tensors = Sequence[Optional[torch.Tensor]]
 _DTYPES: Dict[str, _Dtypes] = {
     'cpu': (torch.float32, torch.float64, torch.bfloat16),
     'cuda': (torch.float32, torch.float16, torch.bfloat16) if HAS_TRITON else (),
 }
 
-# Branches up to the convolution before the tail, with the types of their modules; the last norm and act are the tail's.
-_BASIC = (
-    ('conv1', nn.Conv2d), ('bn1', nn.BatchNorm2d), ('drop_block', nn.Identity), ('act1', nn.ReLU), ('aa', nn.Identity),
-    ('conv2', nn.Conv2d))
-_BOTTLENECK = (
-    ('conv1', nn.Conv2d), ('bn1', nn.BatchNorm2d), ('act1', nn.ReLU), ('conv2', nn.Conv2d), ('bn2', nn.BatchNorm2d),
-    ('drop_block', nn.Identity), ('act2', nn.ReLU), ('aa', nn.Identity), ('conv3', nn.Conv2d))
-_DOWNSAMPLE = (nn.Conv2d, nn.AvgPool2d, AvgPool2dSame, nn.Identity)  # beside batch-norm
+# Modules of the blocks up to se, in the order in which they run, and of se's parts
+_BASIC = dict(
+    conv1=nn.Conv2d, bn1=nn.BatchNorm2d, drop_block=nn.Identity, act1=nn.ReLU, aa=nn.Identity,
+    conv2=nn.Conv2d, bn2=nn.BatchNorm2d, act2=nn.ReLU, se=Cbam)
+_BOTTLENECK = dict(
+    conv1=nn.Conv2d, bn1=nn.BatchNorm2d, act1=nn.ReLU,
+    conv2=nn.Conv2d, bn2=nn.BatchNorm2d, drop_block=nn.Identity, act2=nn.ReLU, aa=nn.Identity,
+    conv3=nn.Conv2d, bn3=nn.BatchNorm2d, act3=nn.ReLU, se=Cbam)
+_CBAM = dict(channel=ChannelAttention, spatial=SpatialAttention)
+_CHANNEL = dict(fc1=nn.Conv2d, act=nn.ReLU, fc2=nn.Conv2d, gate=Sigmoid)
+_SPATIAL = dict(conv=nn.Conv2d, bn=nn.Identity, gate=Sigmoid)
+_SPATIAL_NORM = dict(_SPATIAL, bn=nn.BatchNorm2d)
+_DOWNSAMPLE = frozenset((nn.Conv2d, nn.AvgPool2d, AvgPool2dSame, nn.Identity, nn.BatchNorm2d))
+
+_modules_basic, _modules_bottleneck, _modules_cbam, _modules_channel, _modules_spatial = (
+    itemgetter(*names) for names in (_BASIC, _BOTTLENECK, _CBAM, _CHANNEL, _SPATIAL))
+
+
+def _types(block: Dict[str, type]) -> Tuple[Tuple[type, ...], ...]:
+    common = *block.values(), *_CBAM.values(), *_CHANNEL.values()
+    return (*common, *_SPATIAL.values()), (*common, *_SPATIAL_NORM.values())
+
+
+_TYPES_BASIC, _TYPES_BOTTLENECK = _types(_BASIC), _types(_BOTTLENECK)
 
 # What runs when a module is called. Instances that have one of these names of their own, and classes that somebody has
 # patched, are not what their type says.
-_METHODS = frozenset(('forward', '_call_impl', '_slow_forward', '_conv_forward', '_check_input_dim', 'attention_map'))
-_ORIGINALS = tuple(
-    (cls, name, getattr(cls, name))
+_METHODS = frozenset((
+    'forward', '_call_impl', '_compiled_call_impl', '_slow_forward', '_conv_forward', '_check_input_dim',
+    'attention_map'))
+_PATCHABLE = tuple(
+    (cls, name)
     for cls, names in (
         (nn.Module, ('__call__', '_call_impl')), (nn.Conv2d, ('__call__', 'forward', '_conv_forward')),
         *((cls, ('__call__', 'forward')) for cls in (
             nn.BatchNorm2d, nn.ReLU, Sigmoid, nn.Identity, nn.Sequential, nn.AvgPool2d, AvgPool2dSame, DropPath, Cbam)),
         *((cls, ('__call__', 'forward', 'attention_map')) for cls in (ChannelAttention, SpatialAttention)))
     for name in names)
+_CLASSES, _NAMES = zip(*_PATCHABLE, strict=True)
+_ORIGINALS = tuple(map(getattr, _CLASSES, _NAMES))
+
+_hooks = itemgetter('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
+_convolution = itemgetter('stride', 'padding', 'dilation', 'groups', 'padding_mode')
+_kind = attrgetter('dtype', 'device', 'layout')
+_TENSOR_TYPES = frozenset((torch.Tensor, nn.Parameter))
 
 
-def _is(m: Optional[nn.Module], cls: type) -> bool:
-    """Whether a module is what its class says, and nobody has attached anything to it."""
-    if type(m) is not cls:
-        return False
-    d = m.__dict__
-    return not (
-        d['_forward_hooks'] or d['_forward_pre_hooks'] or d['_backward_hooks'] or d['_backward_pre_hooks']
-        or d.get('_compiled_call_impl')) and _METHODS.isdisjoint(d)
+class Parts(NamedTuple):
+    """Of a block that runs as one operator"""
+    branch: List[nn.Module]  # up to the last convolution
+    norm: nn.BatchNorm2d
+    act: nn.ReLU
+    se: Cbam
+    drop_path: Optional[DropPath]
+    downsample: Optional[nn.Sequential]
+    tensors: Tuple[Optional[torch.Tensor], ...]  # with which Tail begins
 
 
-def _are_plain(tensors: Iterable[Optional[torch.Tensor]], device: torch.device, dtypes: _Dtypes) -> bool:
+def _are_plain(tensors: Sequence[torch.Tensor], device: torch.device, dtypes: _Dtypes) -> bool:
     """Whether these are ordinary tensors on the device, all of one of the dtypes."""
-    found = None
-    for t in tensors:
-        if type(t) is not nn.Parameter and type(t) is not torch.Tensor:
-            return False
-        found = found or t.dtype
-        if t.dtype is not found or t.device != device or t.layout is not torch.strided:
-            return False
-    return found is None or found in dtypes
-
-
-def _is_norm(m: Optional[nn.Module], device: torch.device, dtypes: _Dtypes) -> bool:
-    if not _is(m, nn.BatchNorm2d) or m.momentum is None or not m.track_running_stats:
+    if not _TENSOR_TYPES.issuperset(map(type, tensors)):
         return False
-    parameters, buffers = m._parameters, m._buffers
-    weight, bias = parameters.get('weight'), parameters.get('bias')
-    mean, var = buffers.get('running_mean'), buffers.get('running_var')
-    return (
-        _are_plain((weight, bias, mean, var), device, dtypes)
-        and weight.shape == bias.shape == mean.shape == var.shape)
+    kinds = set(map(_kind, tensors))
+    return not kinds or len(kinds) == 1 and kinds.pop() in [(dtype, device, torch.strided) for dtype in dtypes]
+
+
+def _weights(m: nn.Module) -> _Tensors:
+    parameters = m._parameters
+    return parameters.get('weight'), parameters.get('bias')
+
+
+def _norm_tensors(m: nn.BatchNorm2d) -> _Tensors:
+    buffers = m._buffers
+    return *_weights(m), buffers.get('running_mean'), buffers.get('running_var')
+
+
+def _is_norm(m: nn.BatchNorm2d, device: torch.device, dtypes: _Dtypes) -> bool:
+    if m.momentum is None or not m.track_running_stats:
+        return False
+    tensors = _norm_tensors(m)
+    return _are_plain(tensors, device, dtypes) and len({t.shape for t in tensors}) == 1
 
 
 def _norm_dtypes(dtype: torch.dtype) -> _Dtypes:
@@ -88,43 +120,10 @@ def _norm_dtypes(dtype: torch.dtype) -> _Dtypes:
     return (dtype, torch.float32) if dtype.itemsize < 4 else (dtype,)
 
 
-def _has_kind(conv: nn.Module, shape: Tuple[int, ...]) -> bool:
+def _keeps_size(conv: nn.Conv2d, weight: torch.Tensor, shape: Tuple[int, ...]) -> bool:
     """Whether a convolution is as the operator computes it: of this shape, same size of output as of input."""
-    return (
-        conv.weight.shape == shape and conv.stride == conv.dilation == (1, 1)
-        and conv.padding == (shape[2] // 2, shape[3] // 2) and conv.groups == 1 and conv.padding_mode == 'zeros')
-
-
-def _is_attention(
-        se: Optional[nn.Module],
-        channels: int,
-        device: torch.device,
-        weight_dtypes: _Dtypes,
-        norm_dtypes: _Dtypes,
-) -> bool:
-    """Whether this is the attention that the operator computes, with parameters of these dtypes."""
-    if not _is(se, Cbam) or se.parallel or se.spatial_first:
-        return False
-    channel, spatial = se._modules['channel'], se._modules['spatial']
-    if not (
-            _is(channel, ChannelAttention) and channel.pooling == 'avgmax'
-            and _is(spatial, SpatialAttention) and spatial.pooling == 'avgmax'):
-        return False
-    c, s = channel._modules, spatial._modules
-    fc1, fc2, conv = c['fc1'], c['fc2'], s['conv']
-    if not (
-            _is(fc1, nn.Conv2d) and _is(c['act'], nn.ReLU) and _is(fc2, nn.Conv2d) and _is(c['gate'], Sigmoid)
-            and _is(conv, nn.Conv2d) and _is(s['gate'], Sigmoid)
-            and (_is(s['bn'], nn.Identity) or _is_norm(s['bn'], device, norm_dtypes) and s['bn'].weight.shape == (1,))):
-        return False
-    tensors = [p for m in (fc1, fc2, conv) for p in m._parameters.values() if p is not None]
-    if not _are_plain(tensors, device, weight_dtypes) or conv.bias is not None or fc1.weight.ndim != 4:
-        return False
-    hidden, kernel = fc1.weight.shape[0], conv.weight.shape[-1]
-    return (
-        _has_kind(fc1, (hidden, channels, 1, 1)) and _has_kind(fc2, (channels, hidden, 1, 1))
-        and kernel % 2 == 1 and _has_kind(conv, (1, 2, kernel, kernel))
-        and (fc1.bias is None or fc1.bias.shape == (hidden,)) and (fc2.bias is None or fc2.bias.shape == (channels,)))
+    return weight.shape == shape and (
+        _convolution(conv.__dict__) == ((1, 1), (shape[2] // 2, shape[3] // 2), (1, 1), 1, 'zeros'))
 
 
 def _is_watched() -> bool:
@@ -138,68 +137,105 @@ def _is_watched() -> bool:
     for i in range(torch._C._len_torch_function_stack()):
         if type(torch._C._get_function_stack_at(i)) is not DeviceContext:  # torch.set_default_device
             return True
-    for cls, name, original in _ORIGINALS:
-        if getattr(cls, name) is not original:
-            return True
-    return False
+    return tuple(map(getattr, _CLASSES, _NAMES)) != _ORIGINALS
 
 
-def _parts(block: nn.Module) -> Tuple[Tuple[Tuple[str, type], ...], nn.Module, nn.Module]:
-    """Names and types up to the tail, the norm and act of the tail"""
-    m = block._modules
-    return (_BOTTLENECK, m['bn3'], m['act3']) if 'conv3' in m else (_BASIC, m['bn2'], m['act2'])
-
-
-def fuses(block: nn.Module, x: torch.Tensor) -> bool:
-    """Whether the block may run as one operator for this input, and is faster so.
+def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
+    """The parts of a block that may run as one operator for this input, and is faster so; otherwise None.
 
     Args:
         block: CbamBasicBlock or CbamBottleneck.
         x: Input of the block.
     """
     if not FUSED:
-        return False
+        return None
     if torch.compiler.is_compiling():
         # Exporters write plain operations down, and other devices' compilers fuse them.
         if torch.compiler.is_exporting() or tail_cpu.LIBRARY is None or x.device.type != 'cpu':
-            return False
+            return None
     elif type(x) is not torch.Tensor and type(x) is not nn.Parameter or _is_watched():
-        return False
+        return None
     device, dtype = x.device, x.dtype
     if device.type not in _DTYPES:
-        return False
+        return None
     weight_dtypes: _Dtypes = (dtype,)
     if torch.is_autocast_enabled(device.type):
         # Convolutions give this, and cast float32 weights to it.
         dtype = torch.get_autocast_dtype(device.type)
         weight_dtypes = (torch.float32, dtype)
     if x.ndim != 4 or x.layout is not torch.strided or dtype not in _DTYPES[device.type]:
-        return False
+        return None
     norm_dtypes = _norm_dtypes(dtype)
-    modules = block._modules
-    names, norm, act = _parts(block)
+
+    # ---- which modules these are
     if block._backward_hooks and not block._is_full_backward_hook:
-        return False  # they see the last operation of the block
-    for name, cls in names:
-        if not (_is_norm(modules[name], device, norm_dtypes) if cls is nn.BatchNorm2d else _is(modules[name], cls)):
-            return False
-    if not (
-            _is_norm(norm, device, norm_dtypes) and _is(act, nn.ReLU)
-            and _is_attention(modules['se'], norm.weight.shape[0], device, weight_dtypes, norm_dtypes)):
-        return False
+        return None  # they see the last operation of the block
+    inside = block._modules
+    if type(inside.get('se')) is not Cbam:
+        return None
+    is_bottleneck = 'conv3' in inside
+    try:
+        own = (_modules_bottleneck if is_bottleneck else _modules_basic)(inside)
+        parts = _modules_cbam(own[-1]._modules)
+        if tuple(map(type, parts)) != (ChannelAttention, SpatialAttention):
+            return None
+        channel, spatial = parts
+        modules = (*own, *parts, *_modules_channel(channel._modules), *_modules_spatial(spatial._modules))
+    except KeyError:  # somebody has deleted one: to the error that this gives in timm
+        return None
+    if tuple(map(type, modules)) not in (_TYPES_BOTTLENECK if is_bottleneck else _TYPES_BASIC):
+        return None
+    *branch, norm, act, se = own
+    fc1, _, fc2, _, conv, bn, _ = modules[-7:]
     drop_path, downsample = block.drop_path, block.downsample
+    norms = [m for m in (*branch, norm, bn) if type(m) is nn.BatchNorm2d]
     if downsample is not None:
-        if not _is(downsample, nn.Sequential):
-            return False
-        for m in downsample._modules.values():
-            # Here it runs before the tail, in timm after it: it may not fail, nor be the tail's.
+        if type(downsample) is not nn.Sequential:
+            return None
+        children = tuple(downsample._modules.values())
+        # Here it runs before the tail, in timm after it: it may not fail, nor be the tail's.
+        if norm in children or not _DOWNSAMPLE.issuperset(map(type, children)):
+            return None
+        modules = *modules, downsample, *children
+        for m in children:
             if type(m) is nn.BatchNorm2d:
-                if m is norm or not _is_norm(m, device, norm_dtypes):
-                    return False
-            elif type(m) not in _DOWNSAMPLE or not _is(m, type(m)) or not _are_plain(
-                    [p for p in m._parameters.values() if p is not None], device, weight_dtypes):
-                return False
-    return drop_path is None or _is(drop_path, DropPath) and 0 <= drop_path.drop_prob <= 1
+                norms.append(m)
+            elif not _are_plain([p for p in m._parameters.values() if p is not None], device, weight_dtypes):
+                return None
+    if drop_path is not None:
+        if type(drop_path) is not DropPath or not 0 <= drop_path.drop_prob <= 1:
+            return None
+        modules = *modules, drop_path
+
+    # ---- whether somebody has attached something to one of them
+    states = [m.__dict__ for m in modules]
+    if any(chain.from_iterable(map(_hooks, states))) or not all(map(_METHODS.isdisjoint, states)):
+        return None
+
+    # ---- whether they compute what the operator computes
+    if se.parallel or se.spatial_first or channel.pooling != 'avgmax' or spatial.pooling != 'avgmax':
+        return None
+    if not all(_is_norm(m, device, norm_dtypes) for m in norms):
+        return None
+    (w0, b0), (w1, b1), (kernel, kernel_bias) = weights = _weights(fc1), _weights(fc2), _weights(conv)
+    if not _are_plain([t for t in chain(*weights) if t is not None], device, weight_dtypes):
+        return None
+    if w0 is None or w1 is None or kernel is None or kernel_bias is not None or w0.ndim != 4:
+        return None
+    norm_tensors = _norm_tensors(norm)
+    (channels,), hidden, size = norm_tensors[0].shape, w0.shape[0], kernel.shape[-1]
+    if not (
+            _keeps_size(fc1, w0, (hidden, channels, 1, 1)) and _keeps_size(fc2, w1, (channels, hidden, 1, 1))
+            and size % 2 == 1 and _keeps_size(conv, kernel, (1, 2, size, size))
+            and (b0 is None or b0.shape == (hidden,)) and (b1 is None or b1.shape == (channels,))):
+        return None
+    bn_tensors: _Tensors = (None,) * 4
+    if type(bn) is nn.BatchNorm2d:
+        bn_tensors = _norm_tensors(bn)
+        if bn_tensors[0].shape != (1,):
+            return None
+    return Parts(
+        branch, norm, act, se, drop_path, downsample, (*norm_tensors, w0, b0, w1, b1, kernel, *bn_tensors))
 
 
 def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
@@ -235,13 +271,11 @@ def _suits(norm: nn.Module, x: torch.Tensor) -> bool:
         type(x) is torch.Tensor and norm.weight.dtype in _norm_dtypes(x.dtype) and x.shape[1:2] == norm.weight.shape)
 
 
-def forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
-    """Output of a block that :func:`fuses`."""
-    modules = block._modules
-    names, norm, act = _parts(block)
+def forward(parts: Parts, x: torch.Tensor) -> torch.Tensor:
+    """Output of the block for x, the input for which :func:`match` has found its parts."""
+    branch, norm, act, se, drop_path, downsample, tensors = parts
     shortcut = x
-    x = _run(x, [modules[name] for name, _ in names])
-    se, drop_path, downsample = modules['se'], block.drop_path, block.downsample
+    x = _run(x, branch)
     # more than one value for each channel, as batch-norm wants in training
     fits = _suits(norm, x) and x.numel() > x.shape[1]
     if fits and downsample is not None:
@@ -254,17 +288,19 @@ def forward(block: nn.Module, x: torch.Tensor) -> torch.Tensor:
             shortcut = downsample(shortcut)
         return act(x + shortcut)
 
-    channel, spatial = se.channel, se.spatial
-    bn = spatial.bn if type(spatial.bn) is nn.BatchNorm2d else None
-    for n in (norm, bn):
-        if n is not None and n.training and n.num_batches_tracked is not None:
-            n.num_batches_tracked.add_(1)
+    bn = se.spatial.bn
+    bn_training, bn_eps, bn_momentum = False, 0., 0.
+    if type(bn) is nn.BatchNorm2d:
+        bn_training, bn_eps, bn_momentum = bn.training, bn.eps, bn.momentum
+        _count(bn)
+    _count(norm)
     factor = None
     if drop_path is not None and drop_path.training and drop_path.drop_prob:
         factor = drop_path(x.new_ones(x.shape[0], 1, 1, 1))
-    p = Tail(
-        norm.weight, norm.bias, norm.running_mean, norm.running_var,
-        channel.fc1.weight, channel.fc1.bias, channel.fc2.weight, channel.fc2.bias, spatial.conv.weight,
-        *((None,) * 4 if bn is None else (bn.weight, bn.bias, bn.running_mean, bn.running_var)),
-        factor, norm.training, norm.eps, bn is not None and bn.training, 0. if bn is None else bn.eps)
-    return cbam_tail(x, shortcut, p, norm.momentum, 0. if bn is None else bn.momentum, inplace=True)
+    p = Tail(*tensors, factor, norm.training, norm.eps, bn_training, bn_eps)
+    return cbam_tail(x, shortcut, p, norm.momentum, bn_momentum, inplace=True)
+
+
+def _count(norm: nn.BatchNorm2d) -> None:
+    if norm.training and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)

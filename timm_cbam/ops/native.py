@@ -7,7 +7,7 @@ from typing import Optional, Tuple
 
 import torch
 
-_ABI = 1  # what cbam_abi() returns; both go up whenever the signature of an exported function changes
+_ABI = 2  # what cbam_abi() returns; both go up whenever the signature of an exported function changes
 _LEVELS = ('avx2', 'avx512')  # PyTorch has more, for processors where one library does
 
 

@@ -108,25 +108,26 @@ inline i64 padded(i64 n) { return (n + LANES - 1) / LANES * LANES; }
 }  // namespace
 
 // In the order of tail_cpu.py. Maps are of the tensors' dtype, everything else of the dtype of accumulation: float for
-// float and bfloat16, double for double. b, c, h, w: sizes of the map; r: hidden width of the MLP; k: of the kernel.
-// collect: compute mean and var here; round_invstd: PyTorch holds 1 / deviation in bfloat16.
+// float and bfloat16, double for double. b, c, h, w: sizes of the map; r: hidden width of the MLP; k: of the kernel, with
+// its strides. collect: compute the batch's mean and variance here, otherwise they are in stats; round_invstd: PyTorch
+// holds 1 / deviation in bfloat16.
 struct Args {
-    i64 dtype, channels_last, threads, b, c, h, w, r, k, training, bn_training, collect, round_invstd;
+    i64 dtype, channels_last, threads, b, c, h, w, r, k, stride_c, stride_y, stride_x, training, bn_training, collect;
+    i64 round_invstd;
     double eps, bn_eps;
     const void *x, *shortcut;
     void* out;
-    void *mean, *var;  // (C,) of the batch-norm, computed here if collect
-    const void *weight, *bias;
-    const void* slope;  // weight, or what has become of it before the backward pass: the factor of gradients
-    const void *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_slope;
-    void *bn_stats;      // (4,) mean and variance, computed here in training, weight and bias of the spatial batch-norm
-    const void* factor;  // (B,) of the branch, stochastic depth
-    // results that the backward pass needs
-    void *space;   // (3, B, C) average, maximum and minimum of x over space
-    void *hidden;  // (2, B, R) of the MLP before its activation, for both poolings
-    void *mc;      // (B, C)
-    void *pooled;  // (B, 2, H, W) average and maximum of F' over the channels
-    void *conv;    // (B, H, W) output of the 7x7 convolution
+    const void *weight, *bias, *mean, *var;  // (C,) of the batch-norm
+    const void *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel;
+    const void *bn_weight, *bn_bias, *bn_mean, *bn_var;  // (1,) of the spatial batch-norm
+    const void* factor;                                  // (B,) of the branch, stochastic depth
+    // results for the backward pass, all or, in inference, none of them
+    void *stats, *bn_stats;  // (4, C), (4,) mean, variance, weight and bias of both batch-norms as the forward pass had them
+    void *space;             // (3, B, C) average, maximum and minimum of x over space
+    void *hidden;            // (2, B, R) of the MLP before its activation, for both poolings
+    void *mc;                // (B, C)
+    void *pooled;            // (B, 2, H, W) average and maximum of F' over the channels
+    void *conv;              // (B, H, W) output of the 7x7 convolution
     // backward
     const void* grad;
     void *g, *dx, *dweight, *dbias, *dfc1, *dfc1_bias, *dfc2, *dfc2_bias, *dkernel, *dbn;  // dbn: (2,) weight and bias
@@ -138,24 +139,42 @@ template <class T, class A, bool CL>
 struct Tail {
     const Args& a;
     const i64 B, C, H, W, P, HID, K, Q;
-    const A *weight, *bias, *fc1, *fc1_bias, *fc2, *fc2_bias, *kernel, *bn_slope, *factor, *slope;
-    A *mean, *var, *bn_stats, *avg, *maximum, *minimum, *hidden, *mc, *pooled, *conv;
-    std::unique_ptr<A[]> memory, gates;  // gates: ms, (B, P)
-    A *scale, *shift, *invstd;
+    const A *fc1, *fc1_bias, *fc2, *fc2_bias, *factor;
+    std::unique_ptr<A[]> memory;
+    A *scale, *shift, *invstd, *kernel, *gates;  // gates: ms, (B, P)
+    A *mean, *var, *weight, *bias, *bn_stats, *avg, *maximum, *minimum, *hidden, *mc, *pooled, *conv;
     static constexpr A INF = std::numeric_limits<A>::infinity();
 
     explicit Tail(const Args& args)
         : a(args), B(a.b), C(a.c), H(a.h), W(a.w), P(a.h * a.w), HID(a.r), K(a.k), Q(a.k / 2) {
-        auto small = [](const void* p) { return static_cast<const A*>(p); };
-        weight = small(a.weight), bias = small(a.bias);
         fc1 = small(a.fc1), fc1_bias = small(a.fc1_bias), fc2 = small(a.fc2), fc2_bias = small(a.fc2_bias);
-        kernel = small(a.kernel), bn_slope = small(a.bn_slope), slope = small(a.slope), factor = small(a.factor);
-        mean = static_cast<A*>(a.mean), var = static_cast<A*>(a.var), bn_stats = static_cast<A*>(a.bn_stats);
-        avg = static_cast<A*>(a.space), maximum = avg + B * C, minimum = maximum + B * C;
-        hidden = static_cast<A*>(a.hidden), mc = static_cast<A*>(a.mc);
-        pooled = static_cast<A*>(a.pooled), conv = static_cast<A*>(a.conv);
-        memory.reset(new A[3 * C]);
-        scale = memory.get(), shift = scale + C, invstd = shift + C;
+        factor = small(a.factor);
+        const i64 n = a.kernel ? B : 0, taps = 2 * K * K;  // norm_relu has no attention
+        memory.reset(new A[3 * C + taps + n * P + (a.stats ? 0 : 4 * C + 4 + n * (4 * C + 2 * HID + 3 * P))]);
+        A* next = memory.get();
+        auto take = [&](void* given, i64 size) {
+            return given ? static_cast<A*>(given) : std::exchange(next, next + size);
+        };
+        scale = take(nullptr, C), shift = take(nullptr, C), invstd = take(nullptr, C);
+        kernel = take(nullptr, taps), gates = take(nullptr, n * P);
+        mean = take(a.stats, 4 * C), var = mean + C, weight = var + C, bias = weight + C;
+        bn_stats = take(a.bn_stats, 4);
+        avg = take(a.space, 3 * n * C), maximum = avg + n * C, minimum = maximum + n * C;
+        hidden = take(a.hidden, 2 * n * HID), mc = take(a.mc, n * C);
+        pooled = take(a.pooled, 2 * n * P), conv = take(a.conv, n * P);
+        for (i64 t = 0; n && t < taps; t++)
+            kernel[t] = small(a.kernel)[t / (K * K) * a.stride_c + t / K % K * a.stride_y + t % K * a.stride_x];
+    }
+    static const A* small(const void* p) { return static_cast<const A*>(p); }
+
+    // The forward pass begins with the batch-norms as they are now.
+    void read_norms() {
+        if (!a.training) std::copy_n(small(a.mean), C, mean), std::copy_n(small(a.var), C, var);
+        std::copy_n(small(a.weight), C, weight);
+        std::copy_n(small(a.bias), C, bias);
+        if (!a.bn_weight) return void(std::fill_n(bn_stats, 4, A(0)));
+        bn_stats[0] = *small(a.bn_mean), bn_stats[1] = *small(a.bn_var);
+        bn_stats[2] = *small(a.bn_weight), bn_stats[3] = *small(a.bn_bias);
     }
 
     const T* map(const void* p, i64 sample) const { return static_cast<const T*>(p) + sample * C * P; }
@@ -503,14 +522,14 @@ struct Tail {
         A mean, scale, bias;
     };
     Affine spatial_norm() const {
-        if (!bn_slope) return {A(0), A(1), A(0)};
+        if (!a.bn_weight) return {A(0), A(1), A(0)};
         return {bn_stats[0], bn_invstd() * bn_stats[2], bn_stats[3]};
     }
 
     // ms of some pixels of a sample, scaled by stochastic depth
     void spatial_gate(i64 b, i64 p0, i64 p1) {
         const A* R z = conv + b * P;
-        A* R ms = gates.get() + b * P;
+        A* R ms = gates + b * P;
         const A f = factor ? factor[b] : A(1);
         const Affine bn = spatial_norm();
 #pragma omp simd
@@ -554,7 +573,7 @@ struct Tail {
     }
 
     void forward() {
-        gates.reset(new A[B * P]);
+        read_norms();
         if (a.collect) collect();
         prepare();
         auto first = [&](i64 b0, i64 b1) {
@@ -711,7 +730,7 @@ struct Tail {
         for (i64 i = 0; i < B * P; i++) s0 += px.dms[i], s1 += px.dms[i] * ((conv[i] - m) * inv);
         A* dbn = static_cast<A*>(a.dbn);
         dbn[0] = static_cast<A>(s1), dbn[1] = static_cast<A>(s0);
-        const A k = bn_slope[0] * inv, n = static_cast<A>(B * P);
+        const A k = *small(a.bn_weight) * inv, n = static_cast<A>(B * P);
         const A k0 = a.bn_training ? static_cast<A>(s0) / n : A(0), k1 = a.bn_training ? static_cast<A>(s1) / n : A(0);
         for (i64 i = 0; i < B * P; i++) px.dms[i] = k * (px.dms[i] - k0 - (conv[i] - m) * inv * k1);
     }
@@ -913,7 +932,7 @@ struct Tail {
                 dweight[c] = static_cast<A>(s1) * invstd[c];
                 dbias[c] = static_cast<A>(s0);
                 const A n = static_cast<A>(B * P);
-                const A k = slope[c] * invstd[c];
+                const A k = small(a.weight)[c] * invstd[c];  // as it is now
                 const A k0 = a.training ? k * static_cast<A>(s0) / n : A(0);
                 const A k1 = a.training ? k * invstd[c] * invstd[c] * static_cast<A>(s1) / n : A(0);
                 for (i64 b = 0; b < B; b++) {
@@ -968,7 +987,6 @@ struct Tail {
         A* next = scratch.get();
         auto take = [&](i64 n) { return std::exchange(next, next + n); };
         const Pixels px{take(B * P), take(B * P), take(B * P), take(B * P)};
-        gates.reset(new A[B * P]);
         const Sums sums{take(B * C), take(B * C), take(B * C)};
         const Factors f{take(B * C), take(B * C), take(B * C), take(B * C)};
         A *dpooled = take(2 * B * C), *dkernels = take(B * taps), *parts = take(parts_size);
@@ -980,7 +998,7 @@ struct Tail {
             backward_conv(b0, b1, px, dkernels);
             backward_b(b0, b1, px, sums, parts);
         };
-        if (bn_slope) {
+        if (a.bn_weight) {
             samples(first);
             backward_bn(px);
             samples(second);
@@ -999,6 +1017,7 @@ struct Tail {
 
     // Batch-norm in eval mode, and ReLU, in the place of the map
     void norm_relu(bool with_relu) {
+        read_norms();
         prepare();
         const A least = with_relu ? A(0) : -INF;
         lines(0, B, [&](i64, i64 j, i64 at) {
@@ -1041,10 +1060,15 @@ int64_t dispatch(const Args& a, F&& f) {
 
 }  // namespace
 
-EXPORT int64_t cbam_abi() { return 1; }
+EXPORT int64_t cbam_abi() { return 2; }
 EXPORT void cbam_init(void* address) { parallel_for = reinterpret_cast<ParallelFor>(address); }
 EXPORT int64_t cbam_forward(const Args* a) { return dispatch(*a, [](auto&& tail) { tail.forward(); }); }
 EXPORT int64_t cbam_backward(const Args* a) { return dispatch(*a, [](auto&& tail) { tail.backward(); }); }
-EXPORT int64_t cbam_norm_relu(const Args* a, int64_t relu) {
-    return dispatch(*a, [&](auto&& tail) { tail.norm_relu(relu != 0); });
+EXPORT int64_t cbam_norm_relu(
+        i64 dtype, i64 channels_last, i64 b, i64 c, i64 h, i64 w, double eps, i64 relu, void* x, const void* weight,
+        const void* bias, const void* mean, const void* var) {
+    Args a{};
+    a.dtype = dtype, a.channels_last = channels_last, a.b = b, a.c = c, a.h = h, a.w = w, a.eps = eps;
+    a.out = x, a.weight = weight, a.bias = bias, a.mean = mean, a.var = var;
+    return dispatch(a, [&](auto&& tail) { tail.norm_relu(relu != 0); });
 }

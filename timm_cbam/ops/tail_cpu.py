@@ -3,9 +3,7 @@
 Maps are handed over as they are, dense in one of both memory formats, everything else in the dtype of accumulation.
 """
 import ctypes
-from itertools import accumulate
-from math import prod
-from typing import Any, List, Optional, Sequence
+from typing import List, Optional
 
 import torch
 
@@ -20,121 +18,103 @@ class _Args(ctypes.Structure):
     """The struct of the same name in tail_cpu.cpp."""
     _fields_ = [
         *((name, ctypes.c_int64) for name in (
-            'dtype', 'channels_last', 'threads', 'b', 'c', 'h', 'w', 'r', 'k', 'training', 'bn_training', 'collect',
-            'round_invstd')),
+            'dtype', 'channels_last', 'threads', 'b', 'c', 'h', 'w', 'r', 'k', 'stride_c', 'stride_y', 'stride_x',
+            'training', 'bn_training', 'collect', 'round_invstd')),
         *((name, ctypes.c_double) for name in ('eps', 'bn_eps')),
         *((name, ctypes.c_void_p) for name in (
-            'x', 'shortcut', 'out', 'mean', 'var', 'weight', 'bias', 'slope', 'fc1', 'fc1_bias', 'fc2', 'fc2_bias',
-            'kernel', 'bn_slope', 'bn_stats', 'factor', 'space', 'hidden', 'mc', 'pooled', 'conv', 'grad', 'g', 'dx',
-            'dweight', 'dbias', 'dfc1', 'dfc1_bias', 'dfc2', 'dfc2_bias', 'dkernel', 'dbn')),
+            'x', 'shortcut', 'out', 'weight', 'bias', 'mean', 'var', 'fc1', 'fc1_bias', 'fc2', 'fc2_bias', 'kernel',
+            'bn_weight', 'bn_bias', 'bn_mean', 'bn_var', 'factor', 'stats', 'bn_stats', 'space', 'hidden', 'mc',
+            'pooled', 'conv', 'grad', 'g', 'dx', 'dweight', 'dbias', 'dfc1', 'dfc1_bias', 'dfc2', 'dfc2_bias',
+            'dkernel', 'dbn')),
     ]
+
+
+if LIBRARY is not None:
+    LIBRARY.cbam_norm_relu.argtypes = (
+        *(ctypes.c_int64,) * 6, ctypes.c_double, ctypes.c_int64, *(ctypes.c_void_p,) * 5)
 
 
 def supports(x: torch.Tensor) -> bool:
     return x.device.type == 'cpu' and x.dtype in _DTYPES and x.numel() > 0 and LIBRARY is not None
 
 
-class _Call:
-    """Arguments of one call, and the tensors that must live as long as it."""
-
-    def __init__(self, x: torch.Tensor, p: Tail) -> None:
-        self.dtype = accumulation_dtype(x)
-        self.alive: List[torch.Tensor] = []
-        b, c, h, w = x.shape
-        self.args = _Args(
-            _DTYPES[x.dtype], not x.is_contiguous(), torch.get_num_threads(), b, c, h, w, len(p.fc1_weight),
-            p.conv_weight.shape[-1], p.training, p.bn_training, 0,
-            p.training and p.weight.dtype == torch.bfloat16, p.eps, p.bn_eps)
-        self.set(
-            x=x, **{name: self.small(t) for name, t in dict(
-                slope=p.weight, fc1=p.fc1_weight, fc1_bias=p.fc1_bias, fc2=p.fc2_weight,
-                fc2_bias=p.fc2_bias, kernel=p.conv_weight, bn_slope=p.bn_weight,
-                factor=p.factor).items()})
-
-    def small(self, t: Optional[torch.Tensor]) -> Optional[torch.Tensor]:
-        return None if t is None else t.to(self.dtype).contiguous()
-
-    def set(self, **tensors: Optional[torch.Tensor]) -> None:
-        for name, t in tensors.items():
-            if t is not None:
-                setattr(self.args, name, t.data_ptr())
-                self.alive.append(t)
-
-    def set_results(self, r: Results) -> None:
-        self.set(
-            mean=r.stats[0], var=r.stats[1], weight=r.stats[2], bias=r.stats[3], bn_stats=r.bn_stats, space=r.space,
-            hidden=r.hidden, mc=r.mc, pooled=r.pooled, conv=r.conv)
-
-    def run(self, name: str, *args: Any) -> None:
-        if getattr(LIBRARY, name)(ctypes.byref(self.args), *args):
-            raise MemoryError(f'timm_cbam: not enough memory for {name}')
+def _small(t: Optional[torch.Tensor], dtype: torch.dtype, alive: List[torch.Tensor]) -> Optional[int]:
+    """Address of a tensor in this dtype; `alive` holds what has been made for it."""
+    if t is None:
+        return None
+    if t.dtype is not dtype or not t.is_contiguous():
+        t = t.to(dtype).contiguous()
+        alive.append(t)
+    return t.data_ptr()
 
 
-def _scratch(shapes: Sequence[Sequence[int]], dtype: torch.dtype) -> list:
-    """Tensors in one piece of memory"""
-    ends = list(accumulate(map(prod, shapes)))
-    memory = torch.empty(ends[-1], dtype=dtype, device='cpu')
-    return [memory[end - prod(shape):end].view(shape) for end, shape in zip(ends, shapes, strict=True)]
+def _args(x: torch.Tensor, p: Tail, alive: List[torch.Tensor]) -> _Args:
+    """What all calls have in common"""
+    dtype = accumulation_dtype(x)
+    b, c, h, w = x.shape
+    kernel = p.conv_weight
+    if kernel.dtype is not dtype:
+        kernel = kernel.to(dtype)
+        alive.append(kernel)
+    _, stride_c, stride_y, stride_x = kernel.stride()
+    weight, bias, mean, var, fc1, fc1_bias, fc2, fc2_bias = [_small(t, dtype, alive) for t in p[:8]]
+    bn_weight, bn_bias, bn_mean, bn_var, factor = [_small(t, dtype, alive) for t in p[9:14]]
+    return _Args(
+        _DTYPES[x.dtype], not x.is_contiguous(), torch.get_num_threads(), b, c, h, w, p.fc1_weight.shape[0],
+        kernel.shape[-1], stride_c, stride_y, stride_x, p.training, p.bn_training, False,
+        p.training and p.weight.dtype == torch.bfloat16, p.eps, p.bn_eps, x.data_ptr(), None, None, weight, bias, mean,
+        var, fc1, fc1_bias, fc2, fc2_bias, kernel.data_ptr(), bn_weight, bn_bias, bn_mean, bn_var, factor)
+
+
+def _set_results(args: _Args, r: Results) -> None:
+    (args.stats, args.bn_stats, args.space, args.hidden, args.mc, args.pooled, args.conv) = (
+        t.data_ptr() for t in r)
+
+
+def _run(name: str, *args) -> None:
+    if getattr(LIBRARY, name)(*args):
+        raise MemoryError(f'timm_cbam: not enough memory for {name}')
 
 
 def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail) -> Results:
-    call = _Call(x, p)
-    r = Results(*(x.new_empty(shape, dtype=call.dtype) for shape in result_shapes(x, p)))
-    r.stats[2] = p.weight
-    r.stats[3] = p.bias
-    if not p.training:
-        r.stats[0] = p.mean
-        r.stats[1] = p.var
-    elif x.dtype == torch.float32 and x.is_contiguous() and x[0, 0].numel() > 1:
-        call.args.collect = 1
-    else:  # PyTorch's own statistics: only those above can be computed anew in all bits, and faster
-        r.stats[0], r.stats[1] = torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2]
-    if p.bn_weight is None:
-        r.bn_stats.zero_()
-    else:
-        r.bn_stats[2] = p.bn_weight
-        r.bn_stats[3] = p.bn_bias
-        if not p.bn_training:
-            r.bn_stats[0] = p.bn_mean
-            r.bn_stats[1] = p.bn_var
-    call.set_results(r)
-    call.set(shortcut=shortcut, out=out)
-    call.run('cbam_forward')
+    alive: List[torch.Tensor] = []
+    args = _args(x, p, alive)
+    r = Results(*(x.new_empty(shape, dtype=accumulation_dtype(x)) for shape in result_shapes(x, p)))
+    if p.training:
+        # PyTorch's own statistics where they cannot be computed anew in all bits, and faster
+        args.collect = x.dtype == torch.float32 and x.is_contiguous() and x[0, 0].numel() > 1
+        if not args.collect:
+            r.stats[0], r.stats[1] = torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2]
+    args.shortcut, args.out = shortcut.data_ptr(), out.data_ptr()
+    _set_results(args, r)
+    _run('cbam_forward', ctypes.byref(args))
     return r
 
 
 def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
-    call = _Call(x, p)
-    call.set_results(Results(*_scratch(result_shapes(x, p), call.dtype)))
-    small = call.small
-    call.set(shortcut=shortcut, out=x)
-    call.set(mean=small(p.mean), var=small(p.var), weight=small(p.weight), bias=small(p.bias))
-    if p.bn_weight is not None:
-        call.set(bn_stats=torch.cat([small(t) for t in (p.bn_mean, p.bn_var, p.bn_weight, p.bn_bias)]))
-    call.run('cbam_forward')
+    alive: List[torch.Tensor] = []
+    args = _args(x, p, alive)
+    args.shortcut, args.out = shortcut.data_ptr(), x.data_ptr()
+    _run('cbam_forward', ctypes.byref(args))
 
 
 def backward(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r: Results) -> Gradients:
-    call = _Call(x, p)
-    call.set_results(r)
-
-    small = (x.new_empty(shape, dtype=call.dtype) for shape in gradient_shapes(p))
+    alive: List[torch.Tensor] = []
+    args = _args(x, p, alive)
+    _set_results(args, r)
+    small = (x.new_empty(shape, dtype=accumulation_dtype(x)) for shape in gradient_shapes(p))
     d = Gradients(torch.empty_like(x), torch.empty_like(x), *small)
     if p.bn_weight is None:
         d.bn.zero_()
-    call.set(
-        grad=grad, out=out, g=d.shortcut, dx=d.x, dweight=d.weight, dbias=d.bias, dfc1=d.fc1_weight,
-        dfc1_bias=d.fc1_bias, dfc2=d.fc2_weight, dfc2_bias=d.fc2_bias, dkernel=d.conv_weight, dbn=d.bn)
-    call.run('cbam_backward')
+    args.grad, args.out = grad.data_ptr(), out.data_ptr()
+    (args.dx, args.g, args.dweight, args.dbias, args.dfc1, args.dfc1_bias, args.dfc2, args.dfc2_bias, args.dkernel,
+     args.dbn) = (t.data_ptr() for t in d)
+    _run('cbam_backward', ctypes.byref(args))
     return d
 
 
 def norm_relu(x, weight, bias, mean, var, eps: float, relu: bool) -> None:
-    b, c, h, w = x.shape
-    args = _Args(_DTYPES[x.dtype], not x.is_contiguous(), torch.get_num_threads(), b, c, h, w, 0, 1, eps=eps)
+    alive: List[torch.Tensor] = []
     dtype = accumulation_dtype(x)
-    small = [t.to(dtype).contiguous() for t in (weight, bias, mean, var)]
-    args.out = x.data_ptr()
-    args.weight, args.bias, args.mean, args.var = (t.data_ptr() for t in small)
-    if LIBRARY.cbam_norm_relu(ctypes.byref(args), ctypes.c_int64(relu)):
-        raise MemoryError('timm_cbam: not enough memory for cbam_norm_relu')
+    addresses = [_small(t, dtype, alive) for t in (weight, bias, mean, var)]
+    _run('cbam_norm_relu', _DTYPES[x.dtype], not x.is_contiguous(), *x.shape, eps, relu, x.data_ptr(), *addresses)
