@@ -388,50 +388,86 @@ struct Tail {
     }
 
     void pool_channels(i64 b0, i64 b1) {
+        if (!CL) return pool_channel_groups(b0, b1);
         const i64 size = chunk(), n = chunks();
         par((b1 - b0) * n, 1, [&](i64 s, i64 e) {
             for (i64 i = s; i < e; i++) {
                 const i64 b = b0 + i / n, p0 = i % n * size, m = std::min(size, P - p0);
                 A *R sum = pooled + 2 * b * P + p0, *R high = sum + P;
-                const A* R gate = mc + b * C;
-                if (CL) {
-                    const T* x = map(a.x, b) + p0 * C;
-                    i64 p = 0;
-                    for (; p + 4 <= m; p += 4) pool_pixels<4>(x + p * C, gate, sum + p, high + p);
-                    for (; p < m; p++) pool_pixels<1>(x + p * C, gate, sum + p, high + p);
-                } else {
-                    const T* R x = map(a.x, b) + p0;
-                    for (i64 p = 0; p < m; p++) sum[p] = 0, high[p] = -INF;
-                    i64 c = 0;
-                    for (; c + 4 <= C; c += 4) {
-                        const T *R x0 = x + c * P, *R x1 = x0 + P, *R x2 = x1 + P, *R x3 = x2 + P;
-                        const A *R k = scale + c, *R d = shift + c, *R q = gate + c;
-#pragma omp simd
-                        for (i64 p = 0; p < m; p++) {
-                            A v0 = norm(static_cast<A>(x0[p]), k[0], d[0]) * q[0];
-                            A v1 = norm(static_cast<A>(x1[p]), k[1], d[1]) * q[1];
-                            A v2 = norm(static_cast<A>(x2[p]), k[2], d[2]) * q[2];
-                            A v3 = norm(static_cast<A>(x3[p]), k[3], d[3]) * q[3];
-                            sum[p] += (v0 + v1) + (v2 + v3);
-                            A u = v0 > v1 ? v0 : v1, v = v2 > v3 ? v2 : v3, h = u > v ? u : v;
-                            high[p] = high[p] > h ? high[p] : h;
-                        }
-                    }
-                    for (; c < C; c++) {
-#pragma omp simd
-                        for (i64 p = 0; p < m; p++) {
-                            A v = norm(static_cast<A>(x[c * P + p]), scale[c], shift[c]) * gate[c];
-                            sum[p] += v;
-                            high[p] = high[p] > v ? high[p] : v;
-                        }
-                    }
-                }
-                for (i64 p = 0; p < m; p++) {
-                    if (sum[p] != sum[p]) high[p] = largest(b, p0 + p);
-                    sum[p] /= static_cast<A>(C);
-                }
+                const T* x = map(a.x, b) + p0 * C;
+                i64 p = 0;
+                for (; p + 4 <= m; p += 4) pool_pixels<4>(x + p * C, mc + b * C, sum + p, high + p);
+                for (; p < m; p++) pool_pixels<1>(x + p * C, mc + b * C, sum + p, high + p);
+                finish_pixels(b, p0, p0 + m);
             }
         });
+    }
+    void finish_pixels(i64 b, i64 p0, i64 p1) {
+        A *R sum = pooled + 2 * b * P, *R high = sum + P;
+        for (i64 p = p0; p < p1; p++) {
+            if (sum[p] != sum[p]) high[p] = largest(b, p);
+            sum[p] /= static_cast<A>(C);
+        }
+    }
+
+    // NCHW: groups of channels, so that a thread gets those that it has in its cache from the pooling over space.
+    void pool_channel_groups(i64 b0, i64 b1) {
+        constexpr i64 SIZE = 1024;  // pixels at a time
+        const i64 groups = std::max<i64>(1, 8 / B), per_group = (C + 4 * groups - 1) / (4 * groups) * 4;
+        const i64 n = (C + per_group - 1) / per_group;
+        std::unique_ptr<A[]> parts(new A[n > 1 ? (b1 - b0) * n * 2 * P : 0]);
+        par((b1 - b0) * n, 1, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 b = b0 + i / n, c0 = i % n * per_group, c1 = std::min(C, c0 + per_group);
+                A* all = n > 1 ? &parts[i * 2 * P] : pooled + 2 * b * P;
+                for (i64 p = 0; p < P; p += SIZE)
+                    pool_group(b, c0, c1, p, std::min(SIZE, P - p), all + p, all + P + p);
+                if (n == 1) finish_pixels(b, 0, P);
+            }
+        });
+        if (n == 1) return;
+        par((b1 - b0) * P, 8192, [&](i64 s, i64 e) {
+            for (i64 i = s; i < e; i++) {
+                const i64 b = i / P, p = i % P;
+                const A* R part = &parts[b * n * 2 * P + p];
+                A sum = 0, high = -INF;
+                for (i64 j = 0; j < n; j++) {
+                    sum += part[2 * j * P];
+                    high = std::max(high, part[(2 * j + 1) * P]);
+                }
+                pooled[2 * (b0 + b) * P + p] = sum;
+                pooled[(2 * (b0 + b) + 1) * P + p] = high;
+                finish_pixels(b0 + b, p, p + 1);
+            }
+        });
+    }
+    void pool_group(i64 b, i64 c0, i64 c1, i64 p0, i64 m, A* R sum, A* R high) const {
+        for (i64 p = 0; p < m; p++) sum[p] = 0, high[p] = -INF;
+        const T* R x = map(a.x, b) + p0;
+        const A* R gate = mc + b * C;
+        i64 c = c0;
+        for (; c + 4 <= c1; c += 4) {
+            const T *R x0 = x + c * P, *R x1 = x0 + P, *R x2 = x1 + P, *R x3 = x2 + P;
+            const A *R k = scale + c, *R d = shift + c, *R q = gate + c;
+#pragma omp simd
+            for (i64 p = 0; p < m; p++) {
+                A v0 = norm(static_cast<A>(x0[p]), k[0], d[0]) * q[0];
+                A v1 = norm(static_cast<A>(x1[p]), k[1], d[1]) * q[1];
+                A v2 = norm(static_cast<A>(x2[p]), k[2], d[2]) * q[2];
+                A v3 = norm(static_cast<A>(x3[p]), k[3], d[3]) * q[3];
+                sum[p] += (v0 + v1) + (v2 + v3);
+                A u = v0 > v1 ? v0 : v1, v = v2 > v3 ? v2 : v3, h = u > v ? u : v;
+                high[p] = high[p] > h ? high[p] : h;
+            }
+        }
+        for (; c < c1; c++) {
+#pragma omp simd
+            for (i64 p = 0; p < m; p++) {
+                A v = norm(static_cast<A>(x[c * P + p]), scale[c], shift[c]) * gate[c];
+                sum[p] += v;
+                high[p] = high[p] > v ? high[p] : v;
+            }
+        }
     }
     // Channels-last: N pixels at a time, which share what is loaded per channel and the sums over the lanes at the end
     template <int N>
@@ -483,26 +519,37 @@ struct Tail {
     }
     i64 stride() const { return padded(W) + padded(2 * Q); }
 
+    // N times LANES pixels at a time: one addition waits for the one before, and they share what is loaded of the kernel.
     void convolve(i64 b0, i64 b1) {
+        constexpr int N = 4;
         const i64 rows = std::min<i64>(H, 8), n = (H + rows - 1) / rows, plane = (rows + 2 * Q) * stride();
         par((b1 - b0) * n, 1, [&](i64 s, i64 e) {
             std::unique_ptr<A[]> images(new A[2 * plane]);
             for (i64 i = s; i < e; i++) {
                 const i64 b = b0 + i / n, y0 = i % n * rows, y1 = std::min(H, y0 + rows);
                 for (i64 ch = 0; ch < 2; ch++) pad(pooled + (2 * b + ch) * P, &images[ch * plane], y0, y1, stride());
-                for (i64 y = y0; y < y1; y++)
-                    for (i64 v = 0; v < W; v += LANES) {
-                        A sum[LANES] = {};
-                        for (i64 ch = 0; ch < 2; ch++)
-                            for (i64 ky = 0; ky < K; ky++) {
-                                const A* R row = &images[ch * plane + (y - y0 + ky) * stride() + v];
-                                for (i64 kx = 0; kx < K; kx++) {
-                                    const A k = kernel[(ch * K + ky) * K + kx];
-                                    for (i64 l = 0; l < LANES; l++) sum[l] = mad(k, row[kx + l], sum[l]);
-                                }
-                            }
-                        std::copy(sum, sum + std::min(LANES, W - v), conv + b * P + y * W + v);
+                const i64 groups = padded(W) / LANES, blocks = (y1 - y0) * groups;
+                for (i64 j = 0; j < blocks; j += N) {
+                    const A* start[N];
+                    for (int u = 0; u < N; u++) {
+                        const i64 block = std::min(j + u, blocks - 1);
+                        start[u] = &images[block / groups * stride() + block % groups * LANES];
                     }
+                    A sum[N][LANES] = {};
+                    for (i64 ch = 0; ch < 2; ch++)
+                        for (i64 ky = 0; ky < K; ky++)
+                            for (i64 kx = 0; kx < K; kx++) {
+                                const A k = kernel[(ch * K + ky) * K + kx];
+                                const i64 at = ch * plane + ky * stride() + kx;
+                                for (int u = 0; u < N; u++)
+                                    for (i64 l = 0; l < LANES; l++) sum[u][l] = mad(k, start[u][at + l], sum[u][l]);
+                            }
+                    for (int u = 0; u < N && j + u < blocks; u++) {
+                        const i64 v = (j + u) % groups * LANES;
+                        A* to = conv + b * P + (y0 + (j + u) / groups) * W + v;
+                        std::copy(sum[u], sum[u] + std::min(LANES, W - v), to);
+                    }
+                }
                 if (!a.bn_training) spatial_gate(b, y0 * W, y1 * W);
             }
         });
