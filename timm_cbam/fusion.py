@@ -15,6 +15,15 @@ from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 import torch
 from timm.layers import AvgPool2dSame, DropPath, Sigmoid
 from torch import nn
+from torch._C import (
+    _are_functorch_transforms_active,
+    _get_function_stack_at,
+    _is_tracing,
+    _len_torch_dispatch_stack,
+    _len_torch_function_stack,
+)
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling, is_exporting
 from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
@@ -67,7 +76,7 @@ _PATCHABLE = tuple(
     for cls, names in (
         (nn.Module, ('__call__', '_call_impl')), (nn.Conv2d, ('__call__', 'forward', '_conv_forward')),
         *((cls, ('__call__', 'forward')) for cls in (
-            nn.BatchNorm2d, nn.ReLU, Sigmoid, nn.Identity, nn.Sequential, nn.AvgPool2d, AvgPool2dSame, DropPath, Cbam)),
+            nn.BatchNorm2d, nn.ReLU, Sigmoid, nn.Identity, nn.Sequential, DropPath, Cbam)),
         *((cls, ('__call__', 'forward', 'attention_map')) for cls in (ChannelAttention, SpatialAttention)))
     for name in names)
 _CLASSES, _NAMES = zip(*_PATCHABLE, strict=True)
@@ -131,11 +140,11 @@ def _is_watched() -> bool:
     if (
             nn_module._global_forward_hooks or nn_module._global_forward_pre_hooks
             or nn_module._global_backward_hooks or nn_module._global_backward_pre_hooks
-            or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-            or torch.autograd.forward_ad._current_level >= 0 or torch._C._is_tracing()):
+            or _len_torch_dispatch_stack() or _are_functorch_transforms_active() or forward_ad._current_level >= 0
+            or _is_tracing()):
         return True
-    for i in range(torch._C._len_torch_function_stack()):
-        if type(torch._C._get_function_stack_at(i)) is not DeviceContext:  # torch.set_default_device
+    for i in range(_len_torch_function_stack()):
+        if type(_get_function_stack_at(i)) is not DeviceContext:  # torch.set_default_device
             return True
     return tuple(map(getattr, _CLASSES, _NAMES)) != _ORIGINALS
 
@@ -149,9 +158,9 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
     """
     if not FUSED:
         return None
-    if torch.compiler.is_compiling():
+    if is_compiling():
         # Exporters write plain operations down, and other devices' compilers fuse them.
-        if torch.compiler.is_exporting() or tail_cpu.LIBRARY is None or x.device.type != 'cpu':
+        if is_exporting() or tail_cpu.LIBRARY is None or x.device.type != 'cpu':
             return None
     elif type(x) is not torch.Tensor and type(x) is not nn.Parameter or _is_watched():
         return None
@@ -188,7 +197,6 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
     *branch, norm, act, se = own
     fc1, _, fc2, _, conv, bn, _ = modules[-7:]
     drop_path, downsample = block.drop_path, block.downsample
-    norms = [m for m in (*branch, norm, bn) if type(m) is nn.BatchNorm2d]
     if downsample is not None:
         if type(downsample) is not nn.Sequential:
             return None
@@ -196,12 +204,13 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
         # Here it runs before the tail, in timm after it: it may not fail, nor be the tail's.
         if norm in children or not _DOWNSAMPLE.issuperset(map(type, children)):
             return None
-        modules = *modules, downsample, *children
         for m in children:
             if type(m) is nn.BatchNorm2d:
-                norms.append(m)
+                if not _is_norm(m, device, norm_dtypes):
+                    return None
             elif not _are_plain([p for p in m._parameters.values() if p is not None], device, weight_dtypes):
                 return None
+        modules = *modules, downsample, *children
     if drop_path is not None:
         if type(drop_path) is not DropPath or not 0 <= drop_path.drop_prob <= 1:
             return None
@@ -215,7 +224,7 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
     # ---- whether they compute what the operator computes
     if se.parallel or se.spatial_first or channel.pooling != 'avgmax' or spatial.pooling != 'avgmax':
         return None
-    if not all(_is_norm(m, device, norm_dtypes) for m in norms):
+    if not _is_norm(norm, device, norm_dtypes):
         return None
     (w0, b0), (w1, b1), (kernel, kernel_bias) = weights = _weights(fc1), _weights(fc2), _weights(conv)
     if not _are_plain([t for t in chain(*weights) if t is not None], device, weight_dtypes):
@@ -232,7 +241,7 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
     bn_tensors: _Tensors = (None,) * 4
     if type(bn) is nn.BatchNorm2d:
         bn_tensors = _norm_tensors(bn)
-        if bn_tensors[0].shape != (1,):
+        if not _is_norm(bn, device, norm_dtypes) or bn_tensors[0].shape != (1,):
             return None
     return Parts(
         branch, norm, act, se, drop_path, downsample, (*norm_tensors, w0, b0, w1, b1, kernel, *bn_tensors))
@@ -252,7 +261,7 @@ def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
     for m, following in zip_longest(modules, modules[1:]):
         if _normalizes_in_place(m, previous, x):
             relu_is_done = type(following) is nn.ReLU
-            x = norm_relu_(x, m, relu_is_done)
+            x = norm_relu_(x, *_norm_tensors(m), m.eps, relu_is_done)
         elif not (type(m) is nn.ReLU and relu_is_done):
             x = m(x)
             relu_is_done = False
@@ -262,13 +271,14 @@ def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
 
 def _normalizes_in_place(m: nn.Module, previous: Optional[nn.Module], x: torch.Tensor) -> bool:
     return (
-        type(m) is nn.BatchNorm2d and type(previous) is nn.Conv2d and not m.training and _suits(m, x) and x.numel() > 0)
+        type(m) is nn.BatchNorm2d and type(previous) is nn.Conv2d and not m.training and type(x) is torch.Tensor
+        and _is_norm(m, x.device, _norm_dtypes(x.dtype)) and _suits(m, x) and x.numel() > 0)
 
 
 def _suits(norm: nn.Module, x: torch.Tensor) -> bool:
     """Whether a convolution's output is what the norm takes: its weights may have been of another kind or size."""
-    return (
-        type(x) is torch.Tensor and norm.weight.dtype in _norm_dtypes(x.dtype) and x.shape[1:2] == norm.weight.shape)
+    weight = norm._parameters['weight']
+    return type(x) is torch.Tensor and weight.dtype in _norm_dtypes(x.dtype) and x.shape[1:2] == weight.shape
 
 
 def forward(parts: Parts, x: torch.Tensor) -> torch.Tensor:

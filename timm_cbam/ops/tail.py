@@ -301,10 +301,8 @@ def cbam_tail(
         Output of the block, (B, C, H, W), in the memory format of x.
     """
     if inplace and not torch.is_grad_enabled() and not p.training and not p.bn_training:
-        if torch.compiler.is_compiling():
-            torch.ops.timm_cbam.tail_(x, shortcut, *p)
-        else:
-            _infer(x, shortcut, *p)
+        run = torch.ops.timm_cbam.tail_ if torch.compiler.is_compiling() else _infer
+        run(x, shortcut, *p)
         return x
     with torch.autocast(x.device.type, enabled=False):
         if not torch.compiler.is_compiling():
@@ -314,11 +312,8 @@ def cbam_tail(
     return out
 
 
-def norm_relu_(x: torch.Tensor, norm: torch.nn.BatchNorm2d, relu: bool) -> torch.Tensor:
+def norm_relu_(x, weight, bias, mean, var, eps: float, relu: bool) -> torch.Tensor:
     """Batch-norm in eval mode, on CPU with the bits of torch.nn.functional.batch_norm, and ReLU, in the place of x."""
-    args = (x, norm.weight, norm.bias, norm.running_mean, norm.running_var, norm.eps, relu)
-    if torch.compiler.is_compiling():
-        torch.ops.timm_cbam.norm_relu_(*args)
-    else:
-        _norm_relu(*args)
+    run = torch.ops.timm_cbam.norm_relu_ if torch.compiler.is_compiling() else _norm_relu
+    run(x, weight, bias, mean, var, eps, relu)
     return x
