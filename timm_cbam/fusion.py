@@ -9,7 +9,6 @@ At batch 1 what happens here takes as long as the attention itself: everything i
 """
 import os
 from itertools import chain, zip_longest
-from operator import attrgetter, itemgetter
 from typing import Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
@@ -55,9 +54,6 @@ _SPATIAL = dict(conv=nn.Conv2d, bn=nn.Identity, gate=Sigmoid)
 _SPATIAL_NORM = dict(_SPATIAL, bn=nn.BatchNorm2d)
 _DOWNSAMPLE = frozenset((nn.Conv2d, nn.AvgPool2d, AvgPool2dSame, nn.Identity, nn.BatchNorm2d))
 
-_modules_basic, _modules_bottleneck, _modules_cbam, _modules_channel, _modules_spatial = (
-    itemgetter(*names) for names in (_BASIC, _BOTTLENECK, _CBAM, _CHANNEL, _SPATIAL))
-
 
 def _types(block: Dict[str, type]) -> Tuple[Tuple[type, ...], ...]:
     common = *block.values(), *_CBAM.values(), *_CHANNEL.values()
@@ -82,9 +78,6 @@ _PATCHABLE = tuple(
 _CLASSES, _NAMES = zip(*_PATCHABLE, strict=True)
 _ORIGINALS = tuple(map(getattr, _CLASSES, _NAMES))
 
-_hooks = itemgetter('_forward_hooks', '_forward_pre_hooks', '_backward_hooks', '_backward_pre_hooks')
-_convolution = itemgetter('stride', 'padding', 'dilation', 'groups', 'padding_mode')
-_kind = attrgetter('dtype', 'device', 'layout')
 _TENSOR_TYPES = frozenset((torch.Tensor, nn.Parameter))
 
 
@@ -103,7 +96,7 @@ def _are_plain(tensors: Sequence[torch.Tensor], device: torch.device, dtypes: _D
     """Whether these are ordinary tensors on the device, all of one of the dtypes."""
     if not _TENSOR_TYPES.issuperset(map(type, tensors)):
         return False
-    kinds = set(map(_kind, tensors))
+    kinds = {(t.dtype, t.device, t.layout) for t in tensors}
     return not kinds or len(kinds) == 1 and kinds.pop() in [(dtype, device, torch.strided) for dtype in dtypes]
 
 
@@ -131,8 +124,9 @@ def _norm_dtypes(dtype: torch.dtype) -> _Dtypes:
 
 def _keeps_size(conv: nn.Conv2d, weight: torch.Tensor, shape: Tuple[int, ...]) -> bool:
     """Whether a convolution is as the operator computes it: of this shape, same size of output as of input."""
-    return weight.shape == shape and (
-        _convolution(conv.__dict__) == ((1, 1), (shape[2] // 2, shape[3] // 2), (1, 1), 1, 'zeros'))
+    return (
+        weight.shape == shape and conv.stride == conv.dilation == (1, 1)
+        and conv.padding == (shape[2] // 2, shape[3] // 2) and conv.groups == 1 and conv.padding_mode == 'zeros')
 
 
 def _is_watched() -> bool:
@@ -184,12 +178,13 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
         return None
     is_bottleneck = 'conv3' in inside
     try:
-        own = (_modules_bottleneck if is_bottleneck else _modules_basic)(inside)
-        parts = _modules_cbam(own[-1]._modules)
-        if tuple(map(type, parts)) != (ChannelAttention, SpatialAttention):
+        own = [inside[name] for name in (_BOTTLENECK if is_bottleneck else _BASIC)]
+        channel, spatial = parts = [own[-1]._modules[name] for name in _CBAM]
+        if type(channel) is not ChannelAttention or type(spatial) is not SpatialAttention:
             return None
-        channel, spatial = parts
-        modules = (*own, *parts, *_modules_channel(channel._modules), *_modules_spatial(spatial._modules))
+        modules = (
+            *own, *parts, *[channel._modules[name] for name in _CHANNEL],
+            *[spatial._modules[name] for name in _SPATIAL])
     except KeyError:  # somebody has deleted one: to the error that this gives in timm
         return None
     if tuple(map(type, modules)) not in (_TYPES_BOTTLENECK if is_bottleneck else _TYPES_BASIC):
@@ -217,9 +212,12 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
         modules = *modules, drop_path
 
     # ---- whether somebody has attached something to one of them
-    states = [m.__dict__ for m in modules]
-    if any(chain.from_iterable(map(_hooks, states))) or not all(map(_METHODS.isdisjoint, states)):
-        return None
+    for m in modules:
+        state = m.__dict__
+        if (
+                state['_forward_hooks'] or state['_forward_pre_hooks'] or state['_backward_hooks']
+                or state['_backward_pre_hooks'] or not _METHODS.isdisjoint(state)):
+            return None
 
     # ---- whether they compute what the operator computes
     if se.parallel or se.spatial_first or channel.pooling != 'avgmax' or spatial.pooling != 'avgmax':
