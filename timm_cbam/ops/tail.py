@@ -115,7 +115,8 @@ def _forward_fake(x, shortcut, *parameters):
 def _backward(grad, x, out, *args):
     *parameters, results = args
     x = dense(x)
-    return _implementation(x).backward(dense(grad, x), x, dense(out, x), Tail(*parameters), Results(*results))
+    with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # whatever is on where the backward pass runs
+        return _implementation(x).backward(dense(grad, x), x, dense(out, x), Tail(*parameters), Results(*results))
 
 
 def _backward_fake(grad, x, out, *args):

@@ -42,13 +42,7 @@ def _normalize(x: torch.Tensor, n: Norm, out: torch.Tensor) -> torch.Tensor:
 
 def _gated(x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """F', with the same bits each time"""
-    if not x.is_contiguous() or x.dtype != mc.dtype:
-        return _normalize(x, n, out).mul_(_map(mc))
-    b, c = mc.shape
-    as_channels = (1, b * c, *x.shape[2:])  # each channel of each sample one of a batch-norm: in one operation
-    scale, bias, mean = (n.scale * mc).flatten(), (n.bias * mc).flatten(), n.mean.repeat(b)
-    _batch_norm(x.view(as_channels), scale, bias, mean, torch.ones_like(mean), 0., out.view(as_channels))
-    return out
+    return _normalize(x, n, out).mul_(_map(mc))
 
 
 def _batch_norm(x, weight, bias, mean, var, eps: float, out: torch.Tensor) -> torch.Tensor:
@@ -78,12 +72,6 @@ def _sum_space(x: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
 def _equal(x: torch.Tensor, y: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """One where x equals y, otherwise zero: ten times as fast as a mask that is converted."""
     return torch.eq(x, y, out=torch.empty_like(x, dtype=dtype))
-
-
-def _mean_space(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if x.dtype != dtype:
-        return x.mean((2, 3), dtype=dtype)
-    return _sum_space(x, x.new_full((len(x), 1, *x.shape[2:]), 1 / x[0, 0].numel()))
 
 
 def _pool_channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -117,8 +105,8 @@ class Steps:
             stats = torch.stack(torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2])
         else:
             stats = torch.stack([p.mean, p.var])
-        flat = x.flatten(2)
-        return stats.to(dtype), torch.stack([_mean_space(x, dtype), flat.amax(2).to(dtype), flat.amin(2).to(dtype)])
+        flat, mean = x.flatten(2), x.mean((2, 3), dtype=dtype)
+        return stats.to(dtype), torch.stack([mean, flat.amax(2).to(dtype), flat.amin(2).to(dtype)])
 
     def pool_channels(self, x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Average and maximum of F' over the channels, (B, 2, H, W). `out` may be overwritten, gate_add gets it so."""
@@ -252,7 +240,7 @@ def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
     """In the place of x, by fewer operations: the poolings over space are those of F."""
     dtype = accumulation_dtype(x)
     _batch_norm(x, p.weight, p.bias, p.mean, p.var, p.eps, x)
-    _, mc = _channel_gate(torch.stack([_mean_space(x, dtype), x.flatten(2).amax(2).to(dtype)]), p)
+    _, mc = _channel_gate(torch.stack([x.mean((2, 3), dtype=dtype), x.flatten(2).amax(2).to(dtype)]), p)
     conv = _convolve(_pool_channels(x.mul_(_map(mc)), dtype), p)
     bn_stats = None
     if p.bn_weight is not None:
