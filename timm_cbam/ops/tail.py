@@ -263,7 +263,8 @@ def _define() -> torch.library.Library:
     # Not by torch.library.custom_op, which looks for its caller among all modules: half the time of an import.
     library = torch.library.Library('timm_cbam', 'FRAGMENT')
     for name, schema in _SCHEMAS.items():
-        library.define(name + schema)
+        # any memory format: Inductor may keep the one in which the convolutions are fastest
+        library.define(name + schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
     for name, function, fake in (
             ('tail', _forward, _forward_fake), ('tail_backward', _backward, _backward_fake),
             ('tail_', _infer, _nothing), ('norm_relu_', _norm_relu, _nothing)):

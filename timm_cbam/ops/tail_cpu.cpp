@@ -45,7 +45,8 @@ void par(i64 n, i64 grain, F&& f) {
 struct bfloat16 {
     uint16_t bits;
     bfloat16() = default;
-    explicit bfloat16(float value) {
+    explicit bfloat16(float value) { *this = value; }
+    void operator=(float value) {  // of the number, not the struct, which compilers do not vectorise
         uint32_t u;
         std::memcpy(&u, &value, 4);
         uint32_t rounded = (u + 0x7fff + ((u >> 16) & 1)) >> 16;  // to nearest, ties to even
@@ -593,14 +594,14 @@ struct Tail {
 #pragma omp simd
                 for (i64 c = 0; c < C; c++) {
                     const A f = norm(static_cast<A>(x[c]), scale[c], shift[c]) * gate[c];
-                    out[c] = static_cast<T>(relu(mad(f, m, static_cast<A>(shortcut[c]))));
+                    out[c] = relu(mad(f, m, static_cast<A>(shortcut[c])));
                 }
             } else {
                 const A k = scale[j], d = shift[j], q = gate[j];
 #pragma omp simd
                 for (i64 p = 0; p < P; p++) {
                     const A f = norm(static_cast<A>(x[p]), k, d) * q;
-                    out[p] = static_cast<T>(relu(mad(f, ms[p], static_cast<A>(shortcut[p]))));
+                    out[p] = relu(mad(f, ms[p], static_cast<A>(shortcut[p])));
                 }
             }
         });
@@ -684,7 +685,7 @@ struct Tail {
                         for (i64 p = 0; p < m; p++) {
                             const A v = static_cast<A>(x[p]);
                             const A u = static_cast<A>(out[p]) <= 0 ? A(0) : static_cast<A>(grad[p]);
-                            g[p] = static_cast<T>(u);
+                            g[p] = u;
                             const A f = norm(v, k, d), gated = f * q;
                             dms[p] += u * gated;
                             ties[p] += gated == high[p] ? A(1) : A(0);
@@ -734,7 +735,7 @@ struct Tail {
                 for (int n = 0; n < N; n++) {
                     const A v = static_cast<A>(x[n * C + c]);
                     const A q = static_cast<A>(out[n * C + c]) <= 0 ? A(0) : static_cast<A>(grad[n * C + c]);
-                    g[n * C + c] = static_cast<T>(q);
+                    g[n * C + c] = q;
                     const A f = norm(v, scale[c], shift[c]), gated = f * gate[c];
                     t[n][l] += q * gated;
                     count[n][l] += gated == high[n] ? A(1) : A(0);
@@ -1011,7 +1012,7 @@ struct Tail {
                     const A v = static_cast<A>(x[c]), value = norm(v, scale[c], shift[c]);
                     const A u = mad(static_cast<A>(g[c]), ms_p, avg_p) + (value * q[c] == high_p ? max_p : A(0));
                     const A tie = value == top_f[c] ? kt[c] : A(0);
-                    dx[c] = static_cast<T>(mad(kg[c], u, mad(k1[c], v - mean[c], k0[c])) + tie);
+                    dx[c] = mad(kg[c], u, mad(k1[c], v - mean[c], k0[c])) + tie;
                 }
             } else {
                 const i64 i = b * C + j;
@@ -1021,7 +1022,7 @@ struct Tail {
                 for (i64 p = 0; p < P; p++) {
                     const A v = static_cast<A>(x[p]), value = norm(v, k, d);
                     const A u = mad(static_cast<A>(g[p]), ms[p], davg[p]) + (value * q == high[p] ? dmax[p] : A(0));
-                    dx[p] = static_cast<T>(mad(kg, u, mad(k1, v - centre, k0)) + (value == top_f ? kt : A(0)));
+                    dx[p] = mad(kg, u, mad(k1, v - centre, k0)) + (value == top_f ? kt : A(0));
                 }
             }
         });
@@ -1073,14 +1074,14 @@ struct Tail {
 #pragma omp simd
                 for (i64 c = 0; c < C; c++) {
                     const A v = norm(static_cast<A>(x[c]), scale[c], shift[c]);
-                    x[c] = static_cast<T>(v <= least ? least : v);
+                    x[c] = v <= least ? least : v;
                 }
             } else {
                 const A k = scale[j], d = shift[j];
 #pragma omp simd
                 for (i64 p = 0; p < P; p++) {
                     const A v = norm(static_cast<A>(x[p]), k, d);
-                    x[p] = static_cast<T>(v <= least ? least : v);
+                    x[p] = v <= least ? least : v;
                 }
             }
         });
