@@ -244,6 +244,21 @@ def test_second_derivatives_are_those_of_the_reference(implementation, training)
     assert sum(bool(e.any()) for e in found[1]) > 8
 
 
+def test_second_derivatives_where_inputs_are_computed_from_each_other(implementation):
+    """What came before the operator is not differentiated twice."""
+    found = []
+    for function in (cbam_tail, cbam_tail_ref):
+        values, _, _ = small_arguments(False)
+        weight = values['weight'].requires_grad_()
+        values.update(bias=weight.square(), fc2_bias=weight)
+        out = function(values['x'], values['shortcut'], tail(values))
+        first, = torch.autograd.grad((out * values['grad']).sum(), weight, create_graph=True)
+        second, = torch.autograd.grad(first.square().sum(), weight)
+        found.append((first.detach(), second))
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
+
+
 def test_backward_twice(implementation):
     values = make((2, 8, 5, 3))
     inputs = [values[name].requires_grad_() for name in ('x', 'weight')]
