@@ -25,7 +25,9 @@ VARIANTS = {
 def model(request):
     torch.manual_seed(0)
     name, cbam_args = VARIANTS[request.param]
-    return liven(timm.create_model(name, num_classes=10, cbam_args=cbam_args))
+    return liven(timm.create_model(
+        name, num_classes=10, layers=(2, 1, 1, 1), channels=(32, 32, 64, 64),
+        cbam_args=dict(rd_ratio=1 / 4, **cbam_args)))
 
 
 @pytest.fixture
@@ -40,7 +42,7 @@ def test_script(model, x):
 
 @torch.no_grad()
 def test_trace(model, x):
-    traced = torch.jit.trace(model, x)
+    traced = torch.jit.trace(model, x, check_trace=False)  # which would trace it again
     for inputs in (x, x[:1, :, :, :50]):
         assert relative_error(traced(inputs), model(inputs)) < 1e-5
 
@@ -97,13 +99,3 @@ def test_compile_without_graph_break(model, x):
     compiled = torch.compile(model, fullgraph=True)
     with torch.no_grad():
         assert relative_error(compiled(x), model(x)) < 1e-5
-
-
-def test_compile_trains_alike(x):
-    torch.manual_seed(0)
-    model = liven(timm.create_model('cbam_resnet18', num_classes=10)).train()
-    compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend='aot_eager')
-    for m in (model, compiled):
-        m(x).square().sum().backward()
-    gradients = [[p.grad for p in m.parameters()] for m in (model, compiled)]
-    assert all(relative_error(a, b) < 1e-3 for a, b in zip(*gradients, strict=True))

@@ -1,5 +1,6 @@
 import json
 import os
+import runpy
 import subprocess
 import sys
 import textwrap
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from helpers import fail, liven, relative_error, run
+from helpers import liven, relative_error, run
 from hub_server import HubServer
 from huggingface_hub import ModelCard
 from timm.models import get_arch_pretrained_cfgs, save_for_hf
@@ -61,27 +62,34 @@ def test_save_model(model, x, tmp_path):
     assert config.get('model_args', {}).get('cbam_args') == MODELS[config['architecture']].get('cbam_args')
 
 
-@pytest.mark.parametrize('model', ['cbam_resnet18_eccv18', 'cbam_resnet50'], indirect=True)
-def test_push_and_load(model, x, tmp_path):
+def test_push_and_load(tmp_path):
     """timm's own functions, in one process to push and in another to load, against a Hub on loopback."""
-    args = MODELS[model.pretrained_cfg['architecture']]
-    torch.save((model.state_dict(), x), tmp_path / 'model.pt')
+    names = ['cbam_resnet18_eccv18', 'cbam_resnet50']
+    torch.manual_seed(0)
+    models = {name: liven(timm.create_model(name, **MODELS[name])) for name in names}
+    args = {name: model_args(model) for name, model in models.items()}
+    x = torch.randn(2, 3, 64, 64)
+    torch.save(({name: model.state_dict() for name, model in models.items()}, x), tmp_path / 'models.pt')
     with HubServer() as hub:
         env = dict(hub.env, HF_HOME=str(tmp_path / 'hf'))
         run(f'''
             import timm, torch
-            model = timm.create_model({model.pretrained_cfg['architecture']!r}, **{args!r})
-            model.load_state_dict(torch.load({str(tmp_path / 'model.pt')!r})[0])
-            timm.models.push_to_hf_hub(model, 'me/my-cbam', model_args={model_args(model)!r})
+            states, _ = torch.load({str(tmp_path / 'models.pt')!r})
+            for name, args in {({name: MODELS[name] for name in names})!r}.items():
+                model = timm.create_model(name, **args)
+                model.load_state_dict(states[name])
+                timm.models.push_to_hf_hub(model, f'me/{{name}}', model_args={args!r}[name])
         ''', **env)
-        assert {'config.json', 'model.safetensors', 'README.md'} <= set(hub.repos['me/my-cbam']['main'])
+        for name in names:
+            assert {'config.json', 'model.safetensors', 'README.md'} <= set(hub.repos[f'me/{name}']['main'])
         run(f'''
             import timm, torch
-            x = torch.load({str(tmp_path / 'model.pt')!r})[1]
-            model = timm.create_model('hf-hub:me/my-cbam', pretrained=True).eval()
-            torch.save(model(x), {str(tmp_path / 'logits.pt')!r})
+            _, x = torch.load({str(tmp_path / 'models.pt')!r})
+            models = [timm.create_model(f'hf-hub:me/{{name}}', pretrained=True).eval() for name in {names!r}]
+            torch.save([model(x) for model in models], {str(tmp_path / 'logits.pt')!r})
         ''', **env)
-    assert torch.equal(torch.load(tmp_path / 'logits.pt'), model(x))
+    for logits, model in zip(torch.load(tmp_path / 'logits.pt'), models.values(), strict=True):
+        assert torch.equal(logits, model(x))
 
 
 def test_staged_folder(tmp_path):
@@ -129,10 +137,15 @@ def test_hub_config_belongs_to_its_model(tmp_path):
     assert torch.equal(timm.create_model(f'local-dir:{tmp_path}', pretrained=True).eval()(x), model(x))
 
 
-LOAD = '''
+DEFINE_LOAD = '''
     import timm, torch
-    model = timm.create_model('hf-hub:me/my-cbam{revision}', pretrained=True).eval()
-    print(model(torch.ones(1, 3, 32, 32)).flatten().tolist())
+
+    def load(repo):
+        model = timm.create_model(f'hf-hub:{repo}', pretrained=True).eval()
+        print(model(torch.ones(1, 3, 32, 32)).flatten().tolist())
+'''
+LOAD = DEFINE_LOAD + '''
+    load('me/my-cbam')
 '''
 
 
@@ -140,19 +153,18 @@ LOAD = '''
 def pushed(tmp_path_factory):
     """A Hub with two versions of a cbam_resnet18, which timm.models.push_to_hf_hub put there: their ids and logits."""
     torch.manual_seed(0)
-    logits = []
-    file = tmp_path_factory.mktemp('pushed') / 'model.pt'
+    file = tmp_path_factory.mktemp('pushed') / 'models.pt'
+    models = [liven(timm.create_model('cbam_resnet18', num_classes=3)) for _ in range(2)]
+    torch.save([model.state_dict() for model in models], file)
+    logits = [f'{model(torch.ones(1, 3, 32, 32)).flatten().tolist()}\n' for model in models]
     with HubServer() as hub:
-        for _ in range(2):
-            model = liven(timm.create_model('cbam_resnet18', num_classes=3))
-            torch.save(model.state_dict(), file)
-            run(f'''
-                import timm, torch
+        run(f'''
+            import timm, torch
+            for state_dict in torch.load({str(file)!r}):
                 model = timm.create_model('cbam_resnet18', num_classes=3)
-                model.load_state_dict(torch.load({str(file)!r}))
+                model.load_state_dict(state_dict)
                 timm.models.push_to_hf_hub(model, 'me/my-cbam')
-            ''', **hub.env)
-            logits.append(f'{model(torch.ones(1, 3, 32, 32)).flatten().tolist()}\n')
+        ''', **hub.env)
         assert logits[0] != logits[1]
         first, second = (revision for revision in hub.repos['me/my-cbam'] if revision != 'main')
         yield hub, {first: logits[0], second: logits[1], 'main': logits[1]}
@@ -174,16 +186,19 @@ def logits(pushed):
 def test_revision_pin_and_offline(hub, logits, tmp_path):
     env = dict(hub.env, HF_HOME=str(tmp_path))
     first = next(iter(logits))
-    assert run(LOAD.format(revision=f'@{first}'), **env) == logits[first]
-    assert run(LOAD.format(revision=''), **env) == logits['main']
+    both = run(DEFINE_LOAD + f'''
+    load('me/my-cbam@{first}')
+    load('me/my-cbam')
+    ''', **env)
+    assert both == logits[first] + logits['main']
     requests = len(hub.ranges)
     offline = dict(env, HF_ENDPOINT='http://127.0.0.1:9', HF_HUB_OFFLINE='1')
-    assert run(LOAD.format(revision=''), **offline) == logits['main'] and len(hub.ranges) == requests
+    assert run(LOAD, **offline) == logits['main'] and len(hub.ranges) == requests
 
 
 def test_download_cut_off_is_resumed(hub, logits, tmp_path):
     hub.faults['blob'] = 'cut'
-    assert run(LOAD.format(revision=''), **hub.env, HF_HOME=str(tmp_path)) == logits['main']
+    assert run(LOAD, **hub.env, HF_HOME=str(tmp_path)) == logits['main']
     whole, rest = hub.ranges
     assert whole == '' and int(rest.removeprefix('bytes=').removesuffix('-')) > 0
 
@@ -203,42 +218,56 @@ def test_whole_repository(hub, tmp_path):
 
 def test_two_processes_at_once(hub, logits, tmp_path):
     env = {**os.environ, **hub.env, 'HF_HOME': str(tmp_path)}
-    command = [sys.executable, '-c', textwrap.dedent(LOAD.format(revision=''))]
+    command = [sys.executable, '-c', textwrap.dedent(LOAD)]
     processes = [subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [p.communicate()[0] for p in processes] == 2 * [logits['main']]
 
 
 def test_corrupted_cached_file(hub, logits, tmp_path):
     """No random weights without a word: an error, and after removing the file from the cache all is well."""
-    env = dict(hub.env, HF_HOME=str(tmp_path))
-    run(LOAD.format(revision=''), **env)
-    cached, = tmp_path.glob('hub/models--me--my-cbam/snapshots/*/model.safetensors')
+    printed = run(DEFINE_LOAD + f'''
+    from pathlib import Path
+    load('me/my-cbam')
+    cached, = Path({str(tmp_path)!r}).glob('hub/models--me--my-cbam/snapshots/*/model.safetensors')
     blob = cached.resolve()
     blob.write_bytes(blob.read_bytes()[:1_000_000])
-    assert 'SafetensorError' in fail(LOAD.format(revision=''), **env)
+    try:
+        load('me/my-cbam')
+    except Exception as e:
+        print(type(e).__name__)
     blob.unlink()
-    assert run(LOAD.format(revision=''), **env) == logits['main']
+    load('me/my-cbam')
+    ''', **hub.env, HF_HOME=str(tmp_path))
+    assert printed == f'{logits["main"]}SafetensorError\n{logits["main"]}'
 
 
-@pytest.mark.parametrize('repo,env,private,error', [
-    ('me/my-cbam', dict(HF_TOKEN='hf_wrong'), False, 'Invalid credentials'),
-    ('me/my-cbam', dict(HF_TOKEN=''), True, 'RepositoryNotFoundError'),
-    ('me/nothing', {}, False, 'RepositoryNotFoundError'),
-    ('me/my-cbam@v9', {}, False, 'RevisionNotFoundError'),
-], ids=['wrong token', 'no token', 'no repository', 'no revision'])
-def test_refused_by_the_hub(hub, repo, env, private, error, tmp_path):
-    hub.private.update(['me/my-cbam'] if private else [])
-    code = LOAD.format(revision='').replace('me/my-cbam', repo)
-    assert error in fail(code, **{**hub.env, **env}, HF_HOME=str(tmp_path))
-
-
-def test_push_with_wrong_token(hub):
+def test_refused_by_the_hub(hub, logits, tmp_path):
+    """In one process, to which the token that the environment has at the time applies."""
     before = dict(hub.repos)
-    code = '''
-        import timm
-        timm.models.push_to_hf_hub(timm.create_model('cbam_resnet18'), 'me/other')
-    '''
-    assert 'Invalid credentials' in fail(code, **dict(hub.env, HF_TOKEN='hf_wrong')) and hub.repos == before
+    hub.private.add('me/private')
+    hub.repos['me/private'] = hub.repos['me/my-cbam']
+    printed = run(DEFINE_LOAD + '''
+    import os
+    token = os.environ['HF_TOKEN']
+
+    def fail(function, *args, token=token):
+        os.environ['HF_TOKEN'] = token
+        try:
+            function(*args)
+        except Exception as e:
+            print('wrong token' if 'Invalid credentials' in str(e) else type(e).__name__)
+
+    load('me/my-cbam')
+    fail(load, 'me/my-cbam', token='hf_wrong')
+    fail(load, 'me/private', token='')
+    fail(load, 'me/nothing')
+    fail(load, 'me/my-cbam@v9')
+    fail(timm.models.push_to_hf_hub, timm.create_model('cbam_resnet18'), 'me/other', token='hf_wrong')
+    ''', **hub.env, HF_HOME=str(tmp_path))
+    del hub.repos['me/private']
+    assert printed == logits['main'] + (
+        'wrong token\nRepositoryNotFoundError\nRepositoryNotFoundError\nRevisionNotFoundError\nwrong token\n')
+    assert hub.repos == before
 
 
 def push(hub, *args):
@@ -262,18 +291,20 @@ def test_push_to_hub_script(hub, tmp_path):
     assert {r.metric_type: r.metric_value for r in card.data.eval_results} == {'accuracy': 98.5, 'f1': 98}
     for text in ('Trained by hand.', '| accuracy | 98.5 |', "create_model('hf-hub:me/digits'", 'woo2018cbam'):
         assert text in card.text
-    code = LOAD.format(revision='').replace('me/my-cbam', 'me/digits')
+    code = LOAD.replace('me/my-cbam', 'me/digits')
     expected = f'{model(torch.ones(1, 3, 32, 32)).flatten().tolist()}\n'
     assert run(code, **hub.env, HF_HOME=str(tmp_path)) == expected
 
 
-def test_push_to_hub_script_refuses(hub, tmp_path):
-    before = set(hub.repos)
-    result = push(hub, tmp_path, 'me/nothing', '--license', 'mit')
-    assert result.returncode == 1 and 'has no config.json and no model.safetensors' in result.stderr
-    result = push(hub, tmp_path, 'me/nothing', '--license', 'mit', '--metric', 'accuracy=1')
-    assert result.returncode == 2 and '--metric needs --dataset' in result.stderr
-    assert set(hub.repos) == before
+@pytest.mark.parametrize('options,message', [
+    ([], 'has no config.json and no model.safetensors'),
+    (['--metric', 'accuracy=1'], '--metric needs --dataset'),
+])
+def test_push_to_hub_script_refuses(options, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['push_to_hub.py', str(tmp_path), 'me/nothing', '--license', 'mit', *options])
+    with pytest.raises(SystemExit) as refused:
+        runpy.run_path(str(PUSH_TO_HUB), run_name='__main__')
+    assert message in f'{refused.value.code}{capsys.readouterr().err}'
 
 
 @pytest.mark.slow

@@ -922,6 +922,7 @@ ATTRIBUTES = [
     ('se.spatial.conv', 'padding', (0, 0)),
     ('se.spatial.conv', 'dilation', (2, 2)),
     ('se.spatial.conv', 'groups', 2),
+    ('se.spatial.conv', 'padding_mode', 'reflect'),
     ('drop_path', 'drop_prob', 0.),
     ('drop_path', 'drop_prob', 0.8),
     ('drop_path', 'drop_prob', 1.),

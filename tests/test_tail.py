@@ -1,5 +1,6 @@
 """The operator for a block's tail equals its reference, by native loops and by PyTorch's operations, in models too"""
 import copy
+import functools
 import itertools
 import shutil
 from statistics import median
@@ -186,6 +187,13 @@ def test_no_less_accurate_than_plain_operations(implementation, dtype, training,
     assert not wrong
 
 
+@functools.cache
+def large_case(batch, training):
+    values = make((batch, 72, 65, 67), torch.float32, mlp_bias=True, spatial_norm=batch == 4, factor=True)
+    keep_from_zero(values, training=training)
+    return values, compute(cbam_tail_ref, values, torch.float64, training=training)[0]
+
+
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 @pytest.mark.parametrize('threads', [1, 2])
@@ -195,9 +203,7 @@ def test_large_maps(implementation, layout, training, threads):
     torch.set_num_threads(threads)
     try:
         for batch in (3, 4):
-            values = make((batch, 72, 65, 67), torch.float32, mlp_bias=True, spatial_norm=batch == 4, factor=True)
-            keep_from_zero(values, training=training)
-            expected, _ = compute(cbam_tail_ref, values, torch.float64, training=training)
+            values, expected = large_case(batch, training)
             actual, _ = compute(cbam_tail, values, torch.float32, training=training, layout=layout)
             assert max(errors(actual, expected).values()) < 1e-4
     finally:
@@ -236,6 +242,21 @@ def test_second_derivatives_are_those_of_the_reference(implementation, training)
     for a, e in zip(*found, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-9 * e.abs().max().item())
     assert sum(bool(e.any()) for e in found[1]) > 8
+
+
+def test_second_derivatives_where_inputs_are_computed_from_each_other(implementation):
+    """What came before the operator is not differentiated twice."""
+    found = []
+    for function in (cbam_tail, cbam_tail_ref):
+        values, _, _ = small_arguments(False)
+        weight = values['weight'].requires_grad_()
+        values.update(bias=weight.square(), fc2_bias=weight)
+        out = function(values['x'], values['shortcut'], tail(values))
+        first, = torch.autograd.grad((out * values['grad']).sum(), weight, create_graph=True)
+        second, = torch.autograd.grad(first.square().sum(), weight)
+        found.append((first.detach(), second))
+    for a, e in zip(*found, strict=True):
+        torch.testing.assert_close(a, e, rtol=1e-9, atol=1e-12)
 
 
 def test_backward_twice(implementation):
@@ -506,7 +527,8 @@ def test_norm_relu_has_the_bits_of_pytorch(implementation, small, dtype, relu):
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
 def test_operators_are_what_pytorch_expects(implementation, training, layout):
     """Schemas, fake kernels, registered derivatives, and what the compiler makes of them."""
-    for kinds in (dict(), dict(mlp_bias=True, spatial_norm=True, factor=True)):
+    every = dict(mlp_bias=True, spatial_norm=True, factor=True)
+    for kinds in (every, {}) if layout == 'contiguous' else (every,):
         values = make((2, 4, 3, 5), torch.float32, **kinds)
         values = {name: LAYOUTS[layout](t.float()) if name in MAPS else t.float() for name, t in values.items()}
         p = tail(values, training, training)
@@ -517,13 +539,14 @@ def test_operators_are_what_pytorch_expects(implementation, training, layout):
         if not training:
             dense = x.contiguous() if layout == 'transposed' else x
             torch.library.opcheck(torch.ops.timm_cbam.tail_.default, (dense.clone(), shortcut, *p))
-            args = (p.weight, p.bias, p.mean, p.var, 1e-5, True)
-            torch.library.opcheck(torch.ops.timm_cbam.norm_relu_.default, (dense.clone(), *args))
         for name in INPUTS:
             if name in values:
                 values[name] = values[name].detach().requires_grad_()
         torch.library.opcheck(
             torch.ops.timm_cbam.tail.default, (values['x'], values['shortcut'], *tail(values, training, training)))
+    if not training:
+        args = (p.weight, p.bias, p.mean, p.var, 1e-5, True)
+        torch.library.opcheck(torch.ops.timm_cbam.norm_relu_.default, (dense.clone(), *args))
 
 
 def test_imported_twice_in_one_process():
@@ -558,12 +581,18 @@ def test_imported_twice_in_one_process():
 
 # ---- in the model
 
+def small_model(name='cbam_resnet18', layers=(1, 1, 1, 1), cbam_args=None, **kwargs):
+    """With few channels, but several hidden ones in the MLPs."""
+    return liven(timm.create_model(
+        name, num_classes=10, layers=layers, channels=(32, 32, 64, 64),
+        cbam_args=dict(rd_ratio=1 / 4, **cbam_args or {}), **kwargs))
+
+
 @pytest.fixture(params=['cbam_resnet18', 'cbam_resnet50', 'cbam_resnet18_eccv18'] + [
     pytest.param(name, marks=pytest.mark.slow) for name in ('cbam_resnet50d', 'cbam_resnext50_32x4d')])
 def model(request):
     torch.manual_seed(0)
-    layers = (1, 2, 1, 1) if '50' in request.param else (2, 1, 1, 1)
-    return liven(timm.create_model(request.param, num_classes=10, layers=layers))
+    return small_model(request.param, layers=(2, 1, 1, 1))
 
 
 @pytest.fixture
@@ -671,7 +700,7 @@ def test_features_stay_as_they_were_taken(implementation, images):
 
 
 def test_stochastic_depth(implementation, images):
-    model = liven(timm.create_model('cbam_resnet18', num_classes=10)).double().train()
+    model = small_model(layers=(2, 1, 1, 1)).double().train()
     for stage in (model.layer1, model.layer2, model.layer3, model.layer4):
         for block in stage:
             block.drop_path = timm.layers.DropPath(0.5)
@@ -683,7 +712,7 @@ def test_stochastic_depth(implementation, images):
     dict(cbam_args=dict(gate_layer='hard_sigmoid')), dict(cbam_args=dict(kernel_size=3, mlp_bias=True)),
 ], ids=str)
 def test_other_layers(kwargs, images):
-    model = liven(timm.create_model('cbam_resnet18', num_classes=10, **kwargs)).double()
+    model = small_model(layers=(2, 1, 1, 1), **kwargs).double()
     assert_equal_to_plain(model, images.double())
     assert_equal_to_plain(model.train(), images.double())
 
@@ -709,7 +738,7 @@ def test_checkpointing_and_autocast(implementation, model, images):
 
 
 def test_functional_transforms(images):
-    model = liven(timm.create_model('cbam_resnet18', num_classes=10)).double()
+    model = small_model().double()
     images = images[:2].double()
     params = {k: v.detach() for k, v in model.named_parameters()}
 
@@ -722,34 +751,41 @@ def test_functional_transforms(images):
         assert (per_sample[name].sum(0) - p.grad).norm() <= 1e-8 * p.grad.norm(), name
 
 
-def test_compile_does_not_recompile_over_batch_size(images):
-    model = liven(timm.create_model('cbam_resnet18', num_classes=10, layers=(1, 1, 1, 1)))
+@pytest.fixture
+def maps():
+    """Input of layer1"""
+    return torch.randn(3, 64, 12, 12, generator=torch.Generator().manual_seed(1))
+
+
+def test_compile_does_not_recompile_over_batch_size(maps):
+    model = small_model(layers=(2, 1, 1, 1)).layer1  # a block with a downsample and one without
     torch.compiler.reset()  # what other tests have compiled of the same code would count
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, dynamic=True, backend='eager')
     with torch.no_grad(), torch._dynamo.config.patch(error_on_recompile=True):
-        for x in (images.repeat(n, 1, 1, 1) for n in (2, 3, 5)):
+        for x in (maps.repeat(n, 1, 1, 1) for n in (2, 3, 5)):
             assert relative_error(compiled(x), model(x)) < 1e-5
     torch.compiler.reset()
     with torch._dynamo.config.patch(error_on_recompile=True):
         compiled = torch.compile(copy.deepcopy(model).train(), fullgraph=True, dynamic=True, backend='aot_eager')
-        for x in (images.repeat(n, 1, 1, 1) for n in (2, 3)):
+        for x in (maps.repeat(n, 1, 1, 1) for n in (2, 3)):
             compiled(x).sum().backward()
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_compiled_inference(model, images, dtype):
+def test_compiled_inference(model, maps, dtype):
     """What the compiler makes of it, weights of batch-norms of both signs among it."""
+    model = model.layer1
     for m in model.modules():
         if isinstance(m, torch.nn.BatchNorm2d):
             m.weight.data[::2] *= -1
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend='aot_eager')
     with torch.no_grad(), torch.autocast('cpu', dtype=dtype, enabled=dtype == torch.bfloat16):
-        assert relative_error(compiled(images), model(images)) < (1e-5 if dtype == torch.float32 else 0.05)
+        assert relative_error(compiled(maps), model(maps)) < (1e-5 if dtype == torch.float32 else 0.05)
 
 
 def test_compiled_training(images):
-    model = liven(timm.create_model('cbam_resnet18', num_classes=10)).double().train()
+    model = small_model().double().train()
     other, images = copy.deepcopy(model), images.double()
     torch.compiler.reset()
     compiled = gradients(torch.compile(model, fullgraph=True, backend='aot_eager'), images)
@@ -783,31 +819,36 @@ def test_import_without_triton():
     assert printed == 'set()' and 'tail_triton' in seen  # so it would have been seen
 
 
-def test_trains_like_plain_operations(implementation):
-    """100 steps on handwritten digits: the same losses."""
+def training_curve():
+    """Losses on handwritten digits"""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     x = torch.tensor(digits.images[:, None], dtype=torch.float64) / 16 - 0.5
     target = torch.tensor(digits.target)
+    torch.manual_seed(0)
+    model = timm.create_model(
+        'cbam_resnet18_s1', num_classes=10, in_chans=1, channels=(16, 16, 32, 32), layers=(1, 1, 1, 1)).double()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for step in range(100):
+        i = torch.arange(32 * step, 32 * step + 32) % len(x)
+        loss = F.cross_entropy(model(x[i]), target[i])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses)
 
-    def curve():
-        torch.manual_seed(0)
-        model = timm.create_model(
-            'cbam_resnet18_s1', num_classes=10, in_chans=1, channels=(16, 16, 32, 32), layers=(1, 1, 1, 1)).double()
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
-        losses = []
-        for step in range(100):
-            i = torch.arange(32 * step, 32 * step + 32) % len(x)
-            loss = F.cross_entropy(model(x[i]), target[i])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return torch.tensor(losses)
 
-    fused = curve()
+@functools.cache
+def plain_training_curve():
     with plain_path():
-        plain = curve()
+        return training_curve()
+
+
+def test_trains_like_plain_operations(implementation):
+    """100 steps: the same losses."""
+    fused, plain = training_curve(), plain_training_curve()
     assert fused[-10:].sum() < 0.7 * fused[:10].sum()
     torch.testing.assert_close(fused, plain, rtol=1e-6, atol=0)

@@ -23,9 +23,9 @@ def images(size=64, chans=3, dtype=torch.float32):
     return torch.randn(2, chans, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
 
 
-def plain(name='resnet18'):
+def plain(name='resnet18', **kwargs):
     torch.manual_seed(0)
-    return liven(timm.create_model(name))
+    return liven(timm.create_model(name, **kwargs))
 
 
 def warm(state_dict, name='cbam_resnet18', **kwargs):
@@ -82,32 +82,32 @@ def assert_bitwise_equal(ours, theirs, x, dtype, channels_last):
 LEVELS = {'default': (), 'avx2': ('avx2', 'fma'), 'avx512': ('avx512f', 'avx512bw', 'avx512dq', 'avx512vl', 'fma')}
 
 
-@pytest.mark.parametrize('enabled', ['1', '0'], ids=['native', 'torch'])
 @pytest.mark.parametrize('level', list(LEVELS))
-def test_bitwise_equal_at_every_simd_level(level, enabled):
+def test_bitwise_equal_at_every_simd_level(level):
     """By native loops where they were built, and by PyTorch's operations."""
     cpu = Path('/proc/cpuinfo')
     missing = set(LEVELS[level]) - set(cpu.read_text().split() if cpu.exists() else ())
     if missing:
         pytest.skip(f'this processor has no {missing}')
     printed = run(f'''
-        import copy, sys
+        import copy, itertools, sys
         sys.path.insert(0, {str(Path(__file__).parent)!r})
         import torch
         from test_warm_start import assert_bitwise_equal, images, plain, warm
         from timm_cbam.ops import tail_cpu
         print(torch.backends.cpu.get_cpu_capability().lower(), tail_cpu.LIBRARY is not None)
+        library, dtypes = tail_cpu.LIBRARY, (torch.float32, torch.bfloat16, torch.float64)
         for base in ('resnet18', 'resnet50'):
-            theirs = plain(base)
-            ours = warm(theirs.state_dict(), f'cbam_{{base}}')
-            for dtype in (torch.float32, torch.bfloat16, torch.float64):
-                for channels_last in (False, True):
+            theirs = plain(base, layers=(2, 1, 1, 1))
+            ours = warm(theirs.state_dict(), f'cbam_{{base}}', layers=(2, 1, 1, 1))
+            for tail_cpu.LIBRARY in {{library, None}}:
+                for dtype, channels_last in itertools.product(dtypes, (False, True)):
                     assert_bitwise_equal(copy.deepcopy(ours), copy.deepcopy(theirs), images(32), dtype, channels_last)
-    ''', ATEN_CPU_CAPABILITY=level, TIMM_CBAM_NATIVE=enabled)
+    ''', ATEN_CPU_CAPABILITY=level, TIMM_CBAM_NATIVE='1')
     found, by_library = printed.split()
     assert found == level or not LEVELS[level]
     file = Path(native.__file__).with_name(f'_tail_cpu_{level}.so')
-    assert by_library == str(enabled == '1' and file.exists() and native.load()[0] is not None)
+    assert by_library == str(file.exists() and native.load()[0] is not None)
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -215,7 +215,8 @@ def pytorchcv_release(tmp_path_factory):
     torch.manual_seed(0)
     network = liven(get_model('cbam_resnet50'))
     torch.save(network.state_dict(), folder / 'cbam_resnet50-0505-d8cf8488.pth')
-    with zipfile.ZipFile(folder / 'cbam_resnet50-0505-d8cf8488.pth.zip', 'w', zipfile.ZIP_DEFLATED) as z:
+    archive = folder / 'cbam_resnet50-0505-d8cf8488.pth.zip'
+    with zipfile.ZipFile(archive, 'w', zipfile.ZIP_DEFLATED, compresslevel=1) as z:
         z.write(folder / 'cbam_resnet50-0505-d8cf8488.pth', 'cbam_resnet50-0505-d8cf8488.pth')
 
     class Handler(http.server.SimpleHTTPRequestHandler):

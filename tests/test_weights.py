@@ -21,13 +21,13 @@ def expected_logits(case):
     return torch.tensor(case['logits'], dtype=torch.float64)
 
 
-@pytest.fixture(params=CASES, ids=lambda c: '-'.join(c))
-def published(request, tmp_path):
+@pytest.fixture(scope='module', params=CASES, ids=lambda c: '-'.join(c))
+def published(request, tmp_path_factory):
     """Model name, case, and a checkpoint file as the published implementations write it."""
     source, name = request.param
     case = golden_case(source, name)
     state_dict = golden_state_dict(case)
-    file = tmp_path / 'checkpoint.pth'
+    file = tmp_path_factory.mktemp('published') / 'checkpoint.pth'
     if source == 'official':
         state_dict = {'epoch': 90, 'arch': 'resnet50', 'state_dict': {f'module.{k}': v for k, v in state_dict.items()}}
     torch.save(state_dict, file)
