@@ -34,7 +34,7 @@ __all__ = ['forward', 'match']
 FUSED = os.environ.get('TIMM_CBAM_FUSED', '1') != '0'
 
 _Dtypes = Tuple[torch.dtype, ...]
-_Tensors = Sequence[Optional[torch.Tensor]]
+_Tensor = Optional[torch.Tensor]
 _DTYPES: Dict[str, _Dtypes] = {
     'cpu': (torch.float32, torch.float64, torch.bfloat16),
     'cuda': (torch.float32, torch.float16, torch.bfloat16) if HAS_TRITON else (),
@@ -89,7 +89,7 @@ class Parts(NamedTuple):
     se: Cbam
     drop_path: Optional[DropPath]
     downsample: Optional[nn.Sequential]
-    tensors: Tuple[Optional[torch.Tensor], ...]  # with which Tail begins
+    tensors: Tuple[_Tensor, ...]  # with which Tail begins
 
 
 def _are_plain(tensors: Sequence[torch.Tensor], device: torch.device, dtypes: _Dtypes) -> bool:
@@ -100,12 +100,12 @@ def _are_plain(tensors: Sequence[torch.Tensor], device: torch.device, dtypes: _D
     return not kinds or len(kinds) == 1 and kinds.pop() in [(dtype, device, torch.strided) for dtype in dtypes]
 
 
-def _weights(m: nn.Module) -> _Tensors:
+def _weights(m: nn.Module) -> Tuple[_Tensor, _Tensor]:
     parameters = m._parameters
     return parameters.get('weight'), parameters.get('bias')
 
 
-def _norm_tensors(m: nn.BatchNorm2d) -> _Tensors:
+def _norm_tensors(m: nn.BatchNorm2d) -> Tuple[_Tensor, _Tensor, _Tensor, _Tensor]:
     buffers = m._buffers
     return *_weights(m), buffers.get('running_mean'), buffers.get('running_var')
 
@@ -238,7 +238,7 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
             and size % 2 == 1 and _keeps_size(conv, kernel, (1, 2, size, size))
             and (b0 is None or b0.shape == (hidden,)) and (b1 is None or b1.shape == (channels,))):
         return None
-    bn_tensors: _Tensors = (None,) * 4
+    bn_tensors: Tuple[_Tensor, ...] = (None,) * 4
     if type(bn) is nn.BatchNorm2d:
         bn_tensors = _norm_tensors(bn)
         if not _is_norm(bn, device, norm_dtypes) or bn_tensors[0].shape != (1,):
@@ -307,7 +307,7 @@ def forward(parts: Parts, x: torch.Tensor) -> torch.Tensor:
     factor = None
     if drop_path is not None and drop_path.training and drop_path.drop_prob:
         factor = drop_path(x.new_ones(x.shape[0], 1, 1, 1))
-    p = Tail(*tensors, factor, norm.training, norm.eps, bn_training, bn_eps)
+    p = Tail._make((*tensors, factor, norm.training, norm.eps, bn_training, bn_eps))
     return cbam_tail(x, shortcut, p, norm.momentum, bn_momentum, inplace=True)
 
 
