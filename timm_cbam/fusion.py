@@ -158,8 +158,6 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
             return None
     elif type(x) is not torch.Tensor and type(x) is not nn.Parameter or _is_watched():
         return None
-    elif tail_cpu.LIBRARY is None and x.device.type == 'cpu' and len(x) == 1 and not torch.is_grad_enabled():
-        return None  # in PyTorch's operations the tail of a single image takes no less time than the modules
     device, dtype = x.device, x.dtype
     if device.type not in _DTYPES:
         return None
@@ -170,6 +168,8 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
         weight_dtypes = (torch.float32, dtype)
     if x.ndim != 4 or x.layout is not torch.strided or dtype not in _DTYPES[device.type]:
         return None
+    if tail_cpu.LIBRARY is None and device.type == 'cpu' and x.shape[0] == 1 and not torch.is_grad_enabled():
+        return None  # in PyTorch's operations the tail of a single image takes no less time than the modules
     norm_dtypes = _norm_dtypes(dtype)
 
     # ---- which modules these are
