@@ -877,12 +877,14 @@ struct Tail {
     template <int N>
     void pixels_b(
             const T* R x, const A* R gate, const A* R davg, const A* R dmax, const A* R high, A* R s0, A* R s1) const {
+        A even[N], most[N], highest[N];  // loaded here, or else in each turn of the loop, which is not vectorised then
+        for (int n = 0; n < N; n++) even[n] = davg[n], most[n] = dmax[n], highest[n] = high[n];
 #pragma omp simd
         for (i64 c = 0; c < C; c++) {
             A sum0 = 0, sum1 = 0;
             for (int n = 0; n < N; n++) {
                 const A v = static_cast<A>(x[n * C + c]);
-                const A u = davg[n] + (norm(v, scale[c], shift[c]) * gate[c] == high[n] ? dmax[n] : A(0));
+                const A u = even[n] + (norm(v, scale[c], shift[c]) * gate[c] == highest[n] ? most[n] : A(0));
                 sum0 += u;
                 sum1 += u * (v - mean[c]);
             }
@@ -1067,9 +1069,9 @@ struct Tail {
     void norm_relu(bool with_relu) {
         read_norms();
         prepare();
-        const A least = with_relu ? A(0) : -INF;
         lines(0, B, [&](i64, i64 j, i64 at) {
             T* R x = static_cast<T*>(a.out) + at;
+            const A least = with_relu ? A(0) : -INF;  // here, or else it is loaded for each element
             if (CL) {
 #pragma omp simd
                 for (i64 c = 0; c < C; c++) {
