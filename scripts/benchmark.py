@@ -8,6 +8,8 @@ speed: milliseconds of inference or of a training step. The networks take turns,
     same round, so that a machine that becomes faster or slower meanwhile does not matter.
 memory: MiB that one forward pass keeps for the backward pass, counted exactly: every storage that autograd saves, once,
     without the parameters, buffers and images, which are there anyway. With --amp the bfloat16 copies of weights count.
+gpu: all that is to be known of a GPU: the tests of the Triton kernels, the seconds that their check takes for each
+    kind of map and what it finds, and time and peak memory of every row of GPU, as one table.
 curve: a picture of the losses of 200 training steps on scikit-learn's handwritten digits, with fused operations and
     without. In float64, because in float32 rounding alone makes two such runs differ after ten steps.
 
@@ -25,6 +27,7 @@ import re
 import shutil
 import statistics
 import subprocess
+import sys
 import time
 import venv
 from datetime import datetime, timezone
@@ -39,12 +42,13 @@ from torch import nn
 from tqdm import tqdm
 
 from timm_cbam import fusion
-from timm_cbam.ops import tail_cpu
+from timm_cbam.ops import check, tail_cpu
 
 STARTUP = Path(__file__).parents[1] / 'timm_cbam' / 'startup'
 WARMUP = 3  # rounds
 LIBRARY = tail_cpu.LIBRARY
 NETWORKS = ('plain', 'timm se', 'timm cbam', 'article', 'plain ops', 'torch ops', 'ours')
+GPU_NETWORKS = ('plain', 'timm se', 'timm cbam', 'ours')
 ALL = {  # rows of README's table
     'inference, batch 1': dict(batch=1),
     'inference, batch 8': dict(batch=8),
@@ -55,6 +59,9 @@ ALL = {  # rows of README's table
     'inference in bfloat16 autocast, batch 8': dict(batch=8, amp=True),
     'training step in bfloat16 autocast, batch 4': dict(batch=4, train=True, amp=True),
 }
+GPU = [
+    dict(train=train, compile=compile_, amp=amp, batch=batch)
+    for train in (False, True) for compile_ in (False, True) for amp in (True, False) for batch in (1, 32, 256)]
 
 
 class ArticleCbam(nn.Module):
@@ -214,10 +221,10 @@ def speed(args: argparse.Namespace) -> List[Dict[str, Any]]:
     torch.set_num_threads(args.threads)
     synchronize = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
     images = create_images(args)
-    runs = {name: create_run(model, images, args) for name, model in create_networks(args).items()}
+    names = set(GPU_NETWORKS if args.device == 'cuda' else NETWORKS)
     if args.compile:
-        for name in ('plain ops', 'torch ops'):  # the compiler gets plain operations without a library
-            runs.pop(name, None)
+        names -= {'plain ops', 'torch ops'}  # the compiler gets plain operations without a library
+    runs = {name: create_run(model, images, args) for name, model in create_networks(args).items() if name in names}
     times = {name: [] for name in runs}
     for _ in tqdm(range(WARMUP + args.runs), desc='speed'):
         for name, run in runs.items():
@@ -233,8 +240,50 @@ def speed(args: argparse.Namespace) -> List[Dict[str, Any]]:
         low, median, high = statistics.quantiles(times[name][WARMUP:], n=4, method='inclusive')
         ratios = (a / b for a, b in zip(times[name][WARMUP:], times['plain'][WARMUP:], strict=True))
         rows.append({'network': name, 'ms': median, 'iqr_ms': high - low, 'relative': statistics.median(ratios)})
+        if args.device == 'cuda':
+            rows[-1]['peak_mib'] = peak_mib(runs[name])
     report(args, rows)
     return rows
+
+
+def peak_mib(run: Callable[[], None]) -> float:
+    """Of what is allocated during a run, above what is there all the time"""
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    return (torch.cuda.max_memory_allocated() - before) / 2 ** 20
+
+
+def gpu(args: argparse.Namespace) -> None:
+    tests = Path(__file__).parents[1] / 'tests' / 'test_triton.py'
+    print(f'{device_name(args.device)}: tests')
+    subprocess.run([sys.executable, '-m', 'pytest', '-q', str(tests)], check=False)  # their result is in the report
+
+    print('\n| check of | seconds | finds |\n|---|---|---|')
+    for dtype in check.DTYPES['cuda']:
+        for training in (False, True):
+            for format_ in (torch.contiguous_format, torch.channels_last):
+                x = torch.empty(1, 2, 2, 2, device=args.device, dtype=dtype, memory_format=format_)
+                start = time.perf_counter()
+                found = check.implementation(x, training)
+                seconds = time.perf_counter() - start
+                name = 'nothing' if found is None else found.__name__.rpartition('.')[2]
+                print(f'| {"training" if training else "inference"} in {dtype}, {format_} | {seconds:.2f} | {name} |')
+
+    lines = []
+    for settings in GPU:
+        for channels_last in (True, False):
+            torch.compiler.reset()
+            rows = speed(argparse.Namespace(**{**vars(args), **settings, 'channels_last': channels_last}))
+            what = [
+                'training step' if settings['train'] else 'inference', 'compiled' if settings['compile'] else 'eager',
+                'bfloat16' if settings['amp'] else 'float32', f'batch {settings["batch"]}',
+                'channels-last' if channels_last else 'NCHW']
+            cells = [f'{row["relative"]:.2f} ({row.get("peak_mib", 0):.0f} MiB)' for row in rows]
+            lines.append(f'| {", ".join(what)} | {rows[0]["ms"]:.2f} ms | {" | ".join(cells)} |')
+    networks = ' | '.join(row['network'] for row in rows)
+    print(f'\n{device_name(args.device)}, time relative to plain and peak memory:\n')
+    print(f'| | plain | {networks} |\n|---|---{"|---" * len(rows)}|\n' + '\n'.join(lines))
 
 
 def kept_mib(model: nn.Module, images: torch.Tensor, args: argparse.Namespace) -> float:
@@ -315,6 +364,10 @@ def main() -> None:
     command.add_argument('--runs', type=int, default=20)
     command.add_argument('--all', action='store_true', help="all rows of README's table, in both memory formats")
     command.set_defaults(run=lambda args: speed_all(args) if args.all else speed(args))
+    command = commands.add_parser('gpu', help='everything about the GPU of this machine, about an hour')
+    add_network_options(command)
+    command.add_argument('--runs', type=int, default=20)
+    command.set_defaults(run=gpu, device='cuda', threads=2)
     command = commands.add_parser('memory', help='memory kept for the backward pass')
     add_network_options(command)
     command.add_argument('--batch', type=int, default=2)

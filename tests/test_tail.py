@@ -544,9 +544,6 @@ def test_operators_are_what_pytorch_expects(implementation, training, layout):
                 values[name] = values[name].detach().requires_grad_()
         torch.library.opcheck(
             torch.ops.timm_cbam.tail.default, (values['x'], values['shortcut'], *tail(values, training, training)))
-    if not training:
-        args = (p.weight, p.bias, p.mean, p.var, 1e-5, True)
-        torch.library.opcheck(torch.ops.timm_cbam.norm_relu_.default, (dense.clone(), *args))
 
 
 def test_imported_twice_in_one_process():

@@ -27,7 +27,7 @@ from torch.nn.modules import module as nn_module
 from torch.utils._device import DeviceContext
 
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .ops import HAS_TRITON, Tail, cbam_tail, norm_relu_, tail_cpu
+from .ops import Tail, cbam_tail, check, norm_relu_, tail_cpu
 
 __all__ = ['forward', 'match']
 
@@ -35,10 +35,7 @@ FUSED = os.environ.get('TIMM_CBAM_FUSED', '1') != '0'
 
 _Dtypes = Tuple[torch.dtype, ...]
 _Tensor = Optional[torch.Tensor]
-_DTYPES: Dict[str, _Dtypes] = {
-    'cpu': (torch.float32, torch.float64, torch.bfloat16),
-    'cuda': (torch.float32, torch.float16, torch.bfloat16) if HAS_TRITON else (),
-}
+_DTYPES: Dict[str, _Dtypes] = {'cpu': (torch.float32, torch.float64, torch.bfloat16), **check.DTYPES}
 
 # Modules of the blocks up to se, in the order in which they run, and of se's parts
 _BASIC = dict(
@@ -250,10 +247,10 @@ def match(block: nn.Module, x: torch.Tensor) -> Optional[Parts]:
 def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
     """Run modules one after the other; where no gradient is computed, batch-norm and ReLU in the convolution's place.
 
-    A fresh map costs more than the arithmetic: the system has to provide its pages.
+    A fresh map costs more than the arithmetic: the system has to provide its pages. (torch.compile does so by itself.)
     """
     modules = [m for m in modules if type(m) is not nn.Identity]
-    if torch.is_grad_enabled():
+    if torch.is_grad_enabled() or is_compiling():
         for m in modules:
             x = m(x)
         return x
@@ -272,7 +269,8 @@ def _run(x: torch.Tensor, modules: Iterable[nn.Module]) -> torch.Tensor:
 def _normalizes_in_place(m: nn.Module, previous: Optional[nn.Module], x: torch.Tensor) -> bool:
     return (
         type(m) is nn.BatchNorm2d and type(previous) is nn.Conv2d and not m.training and type(x) is torch.Tensor
-        and _is_norm(m, x.device, _norm_dtypes(x.dtype)) and _suits(m, x) and x.numel() > 0)
+        and _is_norm(m, x.device, _norm_dtypes(x.dtype)) and _suits(m, x) and x.numel() > 0
+        and _is_served(x, training=False))
 
 
 def _suits(norm: nn.Module, x: torch.Tensor) -> bool:
@@ -281,13 +279,21 @@ def _suits(norm: nn.Module, x: torch.Tensor) -> bool:
     return type(x) is torch.Tensor and weight.dtype in _norm_dtypes(x.dtype) and x.shape[1:2] == weight.shape
 
 
+def _is_served(x: torch.Tensor, training: bool) -> bool:
+    """Whether the operator is known to be right where this map is."""
+    return x.device.type not in check.DTYPES or check.implementation(x, training) is not None
+
+
 def forward(parts: Parts, x: torch.Tensor) -> torch.Tensor:
     """Output of the block for x, the input for which :func:`match` has found its parts."""
     branch, norm, act, se, drop_path, downsample, tensors = parts
     shortcut = x
     x = _run(x, branch)
+    bn = se.spatial.bn
     # more than one value for each channel, as batch-norm wants in training
-    fits = _suits(norm, x) and x.numel() > x.shape[1]
+    fits = (
+        _suits(norm, x) and x.numel() > x.shape[1]
+        and _is_served(x, training=torch.is_grad_enabled() or norm.training or bn.training))
     if fits and downsample is not None:
         shortcut = _run(shortcut, downsample)
     if not fits or x.shape != shortcut.shape or x.dtype != shortcut.dtype:  # timm's way, to timm's error or broadcast
@@ -298,7 +304,6 @@ def forward(parts: Parts, x: torch.Tensor) -> torch.Tensor:
             shortcut = downsample(shortcut)
         return act(x + shortcut)
 
-    bn = se.spatial.bn
     bn_training, bn_eps, bn_momentum = False, 0., 0.
     if type(bn) is nn.BatchNorm2d:
         bn_training, bn_eps, bn_momentum = bn.training, bn.eps, bn.momentum

@@ -66,8 +66,12 @@ def gradient_shapes(p: Tail) -> Tuple[Tuple[int, ...], ...]:
     return (c,), (c,), (r, c, 1, 1), (r,), (c, r, 1, 1), (c,), tuple(p.conv_weight.shape), (2,)
 
 
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """One of the two, also for maps that have neither."""
+    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
 def dense(t: torch.Tensor, x: Optional[torch.Tensor] = None) -> torch.Tensor:
     """A map in the memory format of x, or in one of the two."""
-    x = t if x is None else x
-    channels_last = not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
-    return t.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+    return t.contiguous(memory_format=memory_format(t if x is None else x))

@@ -23,19 +23,16 @@ Contract: first derivatives of any subset of the inputs are right in every graph
 with others. Where the backward pass itself is differentiated (create_graph=True) or transformed, the reference is what
 it differentiates. Results are at least as accurate as those of the reference in the same dtype, and the same each time.
 """
-from importlib.util import find_spec
 from types import ModuleType
 from typing import List, Optional
 
 import torch
 import torch.nn.functional as F
 
-from . import tail_cpu, tail_torch
+from . import check, tail_cpu, tail_torch
 from .arguments import Gradients, Results, Tail, accumulation_dtype, dense, gradient_shapes, result_shapes
 
 __all__ = ['Tail', 'cbam_tail', 'cbam_tail_ref', 'norm_relu_']
-
-HAS_TRITON = find_spec('triton') is not None
 
 
 def _branch_ref(x: torch.Tensor, p: Tail) -> torch.Tensor:
@@ -62,14 +59,12 @@ def cbam_tail_ref(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> torch.Ten
         return F.relu(shortcut + _branch_ref(x, p))
 
 
-def _implementation(x: torch.Tensor) -> ModuleType:
+def _implementation(x: torch.Tensor, training: bool) -> ModuleType:
     """The module that does the work: same functions, same results."""
     if tail_cpu.supports(x):
         return tail_cpu
-    if x.device.type == 'cuda' and HAS_TRITON:
-        from . import tail_triton  # imports triton, which takes long
-
-        return tail_triton
+    if x.device.type in check.DTYPES:
+        return check.implementation(x, training) or tail_torch
     return tail_torch
 
 
@@ -95,15 +90,13 @@ _SCHEMAS = {
     'tail_backward':
         f'(Tensor grad, Tensor x, Tensor out, {_PARAMETERS}, Tensor[] results) -> ({_outputs(Gradients)})',
     'tail_': f'(Tensor(a!) x, Tensor shortcut, {_PARAMETERS}) -> ()',
-    'norm_relu_':
-        '(Tensor(a!) x, Tensor weight, Tensor bias, Tensor mean, Tensor var, float eps, bool relu) -> ()',
 }
 
 
 def _forward(x, shortcut, *parameters):
     x = dense(x)
     out = torch.empty_like(x)
-    return out, *_implementation(x).forward(x, dense(shortcut, x), out, Tail(*parameters))
+    return out, *_implementation(x, True).forward(x, dense(shortcut, x), out, Tail(*parameters))
 
 
 def _forward_fake(x, shortcut, *parameters):
@@ -116,7 +109,7 @@ def _backward(grad, x, out, *args):
     *parameters, results = args
     x = dense(x)
     with torch.no_grad(), torch.autocast(x.device.type, enabled=False):  # whatever is on where the backward pass runs
-        return _implementation(x).backward(dense(grad, x), x, dense(out, x), Tail(*parameters), Results(*results))
+        return _implementation(x, True).backward(dense(grad, x), x, dense(out, x), Tail(*parameters), Results(*results))
 
 
 def _backward_fake(grad, x, out, *args):
@@ -127,14 +120,7 @@ def _backward_fake(grad, x, out, *args):
 
 def _infer(x, shortcut, *parameters):
     map_ = dense(x)
-    _implementation(x).infer(map_, dense(shortcut, map_), Tail(*parameters))
-    if map_ is not x:
-        x.copy_(map_)
-
-
-def _norm_relu(x, *args):
-    map_ = dense(x)
-    _implementation(x).norm_relu(map_, *args)
+    _implementation(x, False).infer(map_, dense(shortcut, map_), Tail(*parameters))
     if map_ is not x:
         x.copy_(map_)
 
@@ -224,9 +210,12 @@ def _autograd_backward(ctx, grad, *_):
 
 
 def _update(running: torch.Tensor, value: torch.Tensor, momentum: float) -> None:
-    """In double and unseen by autograd, as PyTorch does"""
-    new = momentum * value.double() + (1 - momentum) * running.double()
-    (running if torch.compiler.is_compiling() else running.data).copy_(new)
+    """Unseen by autograd, and on CPU in double, as PyTorch does. Some devices have no double."""
+    target = running if torch.compiler.is_compiling() else running.data
+    if running.device.type == 'cpu':
+        target.copy_(momentum * value.double() + (1 - momentum) * running.double())
+    else:
+        target.lerp_(value.to(running.dtype), momentum)
 
 
 @torch.no_grad()
@@ -237,8 +226,9 @@ def _update_running(p: Tail, r: Results, numel: int, momentum: float, bn_momentu
             (p.bn_training, p.bn_mean, p.bn_var, r.bn_stats, bn_momentum)):
         if training:
             n = numel // p.weight.shape[0]
+            biased = stats[1].double() if stats.device.type == 'cpu' else stats[1]
             _update(mean, stats[0], factor)
-            _update(var, stats[1].double() * (n / (n - 1)), factor)
+            _update(var, biased * (n / (n - 1)), factor)
 
 
 class TailFn(torch.autograd.Function):
@@ -267,7 +257,7 @@ def _define() -> torch.library.Library:
         library.define(name + schema, tags=(torch.Tag.flexible_layout, torch.Tag.pt2_compliant_tag))
     for name, function, fake in (
             ('tail', _forward, _forward_fake), ('tail_backward', _backward, _backward_fake),
-            ('tail_', _infer, _nothing), ('norm_relu_', _norm_relu, _nothing)):
+            ('tail_', _infer, _nothing)):
         library.impl(name, function, 'CompositeExplicitAutograd')
         library.impl(name, fake, 'Meta')
     torch.library.register_autograd(
@@ -316,6 +306,8 @@ def cbam_tail(
 
 def norm_relu_(x, weight, bias, mean, var, eps: float, relu: bool) -> torch.Tensor:
     """Batch-norm in eval mode, on CPU with the bits of torch.nn.functional.batch_norm, and ReLU, in the place of x."""
-    run = torch.ops.timm_cbam.norm_relu_ if torch.compiler.is_compiling() else _norm_relu
-    run(x, weight, bias, mean, var, eps, relu)
+    map_ = dense(x)
+    _implementation(x, False).norm_relu(map_, weight, bias, mean, var, eps, relu)
+    if map_ is not x:
+        x.copy_(map_)
     return x

@@ -5,8 +5,8 @@ So the forward pass works in the one map that becomes its result. The backward p
 that a map is still in the cache when the next operation needs it; weighted sums are matrix products, several times as
 fast as a product and a sum.
 
-:class:`Steps` has the steps over maps, :func:`forward` and :func:`backward` what happens between them; another
-implementation may bring steps of its own.
+Maps are dense, in the format of x. Everything else is of the dtype of accumulation: (C,) or (B, C) per channel,
+(B, 1, H, W) per pixel.
 """
 from typing import Iterator, NamedTuple, Optional, Tuple
 
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from .arguments import Gradients, Results, Tail, accumulation_dtype
 
 _CHUNK = 1 << 18  # elements for each thread: two such maps in float32 fill the 2 MB of a core's cache
+_CHUNK_GPU = 1 << 26  # elements, so that launches do not count: 256 MB in float32
 
 
 class Norm(NamedTuple):
@@ -84,7 +85,8 @@ def _pool_channels(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _chunks(*tensors: torch.Tensor) -> Iterator[Tuple[torch.Tensor, ...]]:
     """Split tensors of the same batch, the first of them a map, into chunks of samples."""
-    samples = max(1, torch.get_num_threads() * _CHUNK // tensors[0][0].numel())
+    size = torch.get_num_threads() * _CHUNK if tensors[0].device.type == 'cpu' else _CHUNK_GPU
+    samples = max(1, size // tensors[0][0].numel())
     return zip(*(t.split(samples) for t in tensors), strict=True)
 
 
@@ -92,92 +94,80 @@ def _scratch(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.empty_like(next(_chunks(x))[0], dtype=dtype)
 
 
-class Steps:
-    """The steps over maps, which are dense in the format of x.
+def _pool_space(x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Mean and variance of the batch-norm, (2, C), and average, maximum and minimum of x over space, (3, B, C)."""
+    if not p.training:
+        stats = torch.stack([p.mean, p.var])
+    elif x.device.type in ('cpu', 'cuda'):
+        stats = torch.stack(torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2])
+    else:
+        var, mean = torch.var_mean(x.to(dtype), (0, 2, 3), correction=0)
+        stats = torch.stack([mean, var])
+    flat, mean = x.flatten(2), x.mean((2, 3), dtype=dtype)
+    return stats.to(dtype), torch.stack([mean, flat.amax(2).to(dtype), flat.amin(2).to(dtype)])
 
-    Everything else is of the dtype of accumulation: (C,) or (B, C) per channel, (B, 1, H, W) per pixel. top: value of x
-    where F is largest, (B, C). highest: maximum of F' over the channels, per pixel.
+
+def _a(grad, x, out, n: Norm, mc, ms, highest) -> Tuple[torch.Tensor, ...]:
+    """g, dms, sums over space of g * ms and of g * ms * (x - mean); number of channels with the maximum of a pixel,
+    and of their indices the sum, which is the index where there is one."""
+    g = torch.ops.aten.threshold_backward(grad, out, 0)
+    channels = torch.arange(x.shape[1], dtype=mc.dtype, device=x.device)
+    counting = torch.stack([torch.ones_like(channels), channels])
+    parts = []
+    scratch = _scratch(x, x.dtype), _scratch(x, mc.dtype)
+    for x_, g_, mc_, ms_, highest_ in _chunks(x, g, mc, ms, highest):
+        one, other = (t[:len(x_)] for t in scratch)
+        f = _gated(x_, n, mc_, one)
+        ties = _sum_channels(torch.eq(f, highest_, out=other), counting.expand(len(x_), -1, -1))
+        dms = _sum_channels(f.mul_(g_), torch.ones_like(mc_)[:, None])
+        centred = torch.sub(x_, _map(n.mean), out=one if one.dtype == mc.dtype else None).mul_(g_)
+        parts.append((dms, _sum_space(g_, ms_), _sum_space(centred, ms_), ties[:, :1], ties[:, 1:]))
+    return g, *(torch.cat(part) for part in zip(*parts, strict=True))
+
+
+def _b(
+        x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, torch.Tensor]:
+    """Sums over space of ``d = davg + dmax * [F' is the maximum]`` and of ``d * (x - mean)``, (B, C).
+
+    index: channel of the only maximum of each pixel, None if one has several.
     """
+    s0 = davg.sum((2, 3)).expand_as(mc).clone()
+    even = davg - davg.mean((2, 3), keepdim=True)  # so that no large numbers cancel
+    s1 = _sum_space(x, even) + s0 * (avg - n.mean)
+    if index is not None:
+        i, d = index.flatten(1), dmax.flatten(1)
+        s0.scatter_add_(1, i, d)
+        s1.scatter_add_(1, i, d * (x.gather(1, index).flatten(1) - n.mean[i]))
+    else:
+        for x_, mc_, dmax_, highest_, s0_, s1_ in _chunks(x, mc, dmax, highest, s0, s1):
+            d = _equal(_gated(x_, n, mc_, torch.empty_like(x_)), highest_, mc.dtype).mul_(dmax_)
+            s0_ += d.sum((2, 3))
+            s1_ += d.mul_(torch.sub(x_, _map(n.mean))).sum((2, 3))
+    return s0, s1
 
-    def pool_space(self, x: torch.Tensor, p: Tail, dtype: torch.dtype) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Mean and variance of the batch-norm, (2, C), and average, maximum and minimum of x over space, (3, B, C)."""
-        if p.training:
-            stats = torch.stack(torch.batch_norm_update_stats(x, p.mean.clone(), p.var.clone(), 0.)[:2])
-        else:
-            stats = torch.stack([p.mean, p.var])
-        flat, mean = x.flatten(2), x.mean((2, 3), dtype=dtype)
-        return stats.to(dtype), torch.stack([mean, flat.amax(2).to(dtype), flat.amin(2).to(dtype)])
 
-    def pool_channels(self, x: torch.Tensor, n: Norm, mc: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
-        """Average and maximum of F' over the channels, (B, 2, H, W). `out` may be overwritten, gate_add gets it so."""
-        return _pool_channels(_gated(x, n, mc, out), mc.dtype)
-
-    def gate_add(self, x, n: Norm, mc, ms, shortcut: torch.Tensor, out: torch.Tensor) -> None:
-        """Write ``relu(shortcut + F'')`` to `out`."""
-        torch.addcmul(shortcut, out, ms.to(out.dtype), out=out).relu_()
-
-    def a(self, grad, x, out, n: Norm, mc, ms, highest) -> Tuple[torch.Tensor, ...]:
-        """g, dms, sums over space of g * ms and of g * ms * (x - mean); number of channels with the maximum of a pixel,
-        and of their indices the sum, which is the index where there is one."""
-        g = torch.ops.aten.threshold_backward(grad, out, 0)
-        channels = torch.arange(x.shape[1], dtype=mc.dtype, device=x.device)
-        counting = torch.stack([torch.ones_like(channels), channels])
-        parts = []
-        scratch = _scratch(x, x.dtype), _scratch(x, mc.dtype)
-        for x_, g_, mc_, ms_, highest_ in _chunks(x, g, mc, ms, highest):
-            one, other = (t[:len(x_)] for t in scratch)
-            f = _gated(x_, n, mc_, one)
-            ties = _sum_channels(torch.eq(f, highest_, out=other), counting.expand(len(x_), -1, -1))
-            dms = _sum_channels(f.mul_(g_), torch.ones_like(mc_)[:, None])
-            centred = torch.sub(x_, _map(n.mean), out=one if one.dtype == mc.dtype else None).mul_(g_)
-            parts.append((dms, _sum_space(g_, ms_), _sum_space(centred, ms_), ties[:, :1], ties[:, 1:]))
-        return g, *(torch.cat(part) for part in zip(*parts, strict=True))
-
-    def b(
-            self, x, n: Norm, mc, avg, davg, dmax, highest, index: Optional[torch.Tensor],
-    ) -> Tuple[torch.Tensor, torch.Tensor]:
-        """Sums over space of ``d = davg + dmax * [F' is the maximum]`` and of ``d * (x - mean)``, (B, C).
-
-        index: channel of the only maximum of each pixel, None if one has several.
-        """
-        s0 = davg.sum((2, 3)).expand_as(mc).clone()
-        even = davg - davg.mean((2, 3), keepdim=True)  # so that no large numbers cancel
-        s1 = _sum_space(x, even) + s0 * (avg - n.mean)
+def _c(x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
+    """``dx = k_gate * (g * ms + d) + k_tie * [x is at the top] / ties + k_centred * (x - mean) + k``, d as in b."""
+    dx = torch.empty_like(x)
+    columns = torch.stack([k_gate, k], dim=2)  # k_gate * davg + k is a matrix of rank 2
+    rows = torch.cat([davg, torch.ones_like(davg)], dim=1).flatten(2)
+    i = dmax if index is None else index
+    scratch = _scratch(x, mc.dtype)
+    for x_, g_, mc_, ms_, dmax_, highest_, i_, top_, kg, kt, kx, column, row, dx_ in _chunks(
+            x, g, mc, ms, dmax, highest, i, top, k_gate, k_tie, k_centred, columns, rows, dx):
+        d = torch.mul(g_, ms_, out=dx_ if dx.dtype == ms.dtype else None).mul_(_map(kg))
+        d.flatten(2).baddbmm_(column, row)
         if index is not None:
-            i, d = index.flatten(1), dmax.flatten(1)
-            s0.scatter_add_(1, i, d)
-            s1.scatter_add_(1, i, d * (x.gather(1, index).flatten(1) - n.mean[i]))
+            d.scatter_add_(1, i_, dmax_ * kg.gather(1, i_.flatten(1)).view_as(dmax_))
         else:
-            for x_, mc_, dmax_, highest_, s0_, s1_ in _chunks(x, mc, dmax, highest, s0, s1):
-                d = _equal(_gated(x_, n, mc_, torch.empty_like(x_)), highest_, mc.dtype).mul_(dmax_)
-                s0_ += d.sum((2, 3))
-                s1_ += d.mul_(torch.sub(x_, _map(n.mean))).sum((2, 3))
-        return s0, s1
-
-    def c(self, x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
-        """``dx = k_gate * (g * ms + d) + k_tie * [x is at the top] / ties + k_centred * (x - mean) + k``, d as in b."""
-        dx = torch.empty_like(x)
-        columns = torch.stack([k_gate, k], dim=2)  # k_gate * davg + k is a matrix of rank 2
-        rows = torch.cat([davg, torch.ones_like(davg)], dim=1).flatten(2)
-        i = dmax if index is None else index
-        scratch = _scratch(x, mc.dtype)
-        for x_, g_, mc_, ms_, dmax_, highest_, i_, top_, kg, kt, kx, column, row, dx_ in _chunks(
-                x, g, mc, ms, dmax, highest, i, top, k_gate, k_tie, k_centred, columns, rows, dx):
-            d = torch.mul(g_, ms_, out=dx_ if dx.dtype == ms.dtype else None).mul_(_map(kg))
-            d.flatten(2).baddbmm_(column, row)
-            if index is not None:
-                d.scatter_add_(1, i_, dmax_ * kg.gather(1, i_.flatten(1)).view_as(dmax_))
-            else:
-                d += _equal(_gated(x_, n, mc_, torch.empty_like(x_)), highest_, mc.dtype).mul_(dmax_ * _map(kg))
-            at_top = torch.eq(x_, _map(top_), out=scratch[:len(x_)])
-            d.addcmul_(at_top, _map(kt / _sum_space(at_top, torch.ones_like(ms_))))
-            d.addcmul_(torch.sub(x_, _map(n.mean), out=at_top), _map(kx))
-            if d is not dx_:
-                dx_.copy_(d)
-        return dx
-
-
-_STEPS = Steps()
+            d += _equal(_gated(x_, n, mc_, torch.empty_like(x_)), highest_, mc.dtype).mul_(dmax_ * _map(kg))
+        at_top = torch.eq(x_, _map(top_), out=scratch[:len(x_)])
+        d.addcmul_(at_top, _map(kt / _sum_space(at_top, torch.ones_like(ms_))))
+        d.addcmul_(torch.sub(x_, _map(n.mean), out=at_top), _map(kx))
+        if d is not dx_:
+            dx_.copy_(d)
+    return dx
 
 
 def _pooled(n: Norm, space: torch.Tensor) -> torch.Tensor:
@@ -216,14 +206,13 @@ def _convolve(pooled: torch.Tensor, p: Tail) -> torch.Tensor:
     return F.conv2d(pooled, p.conv_weight.to(pooled.dtype), padding=p.conv_weight.shape[-1] // 2)
 
 
-def forward(
-        x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail, steps: Steps = _STEPS) -> Results:
+def forward(x: torch.Tensor, shortcut: torch.Tensor, out: torch.Tensor, p: Tail) -> Results:
     dtype = accumulation_dtype(x)
-    stats, space = steps.pool_space(x, p, dtype)
+    stats, space = _pool_space(x, p, dtype)
     stats = torch.cat([stats, torch.stack([p.weight, p.bias]).to(dtype)])
     n = _norm(stats, p)
     hidden, mc = _channel_gate(_pooled(n, space), p)
-    pooled = steps.pool_channels(x, n, mc, out)
+    pooled = _pool_channels(_gated(x, n, mc, out), dtype)
     conv = _convolve(pooled, p)
     bn_stats = conv.new_zeros(4, 1)
     if p.bn_weight is not None:
@@ -232,7 +221,7 @@ def forward(
     ms, _, _ = _spatial_gate(conv, bn_stats, p)
     if p.factor is not None:
         ms = ms * p.factor
-    steps.gate_add(x, n, mc, ms, shortcut, out)
+    torch.addcmul(shortcut, out, ms.to(out.dtype), out=out).relu_()
     return Results(stats, bn_stats, space, hidden, mc, pooled.contiguous(), conv.contiguous())
 
 
@@ -251,9 +240,7 @@ def infer(x: torch.Tensor, shortcut: torch.Tensor, p: Tail) -> None:
     torch.addcmul(shortcut, x, ms.to(x.dtype), out=x).relu_()
 
 
-def backward(
-        grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r: Results, steps: Steps = _STEPS,
-) -> Gradients:
+def backward(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r: Results) -> Gradients:
     dtype = accumulation_dtype(x)
     n, mc = _norm(r.stats, p), r.mc
     avg, top = r.space[0], _top(n, r.space)
@@ -261,7 +248,7 @@ def backward(
     gate, normal, bn_invstd = _spatial_gate(r.conv, r.bn_stats, p)
     ms = gate if p.factor is None else gate * p.factor
     highest = r.pooled[:, 1:]
-    g, dms, s0, s1, ties, index = steps.a(grad, x, out, n, mc, ms, highest)
+    g, dms, s0, s1, ties, index = _a(grad, x, out, n, mc, ms, highest)
 
     dz = dms * gate * (1 - gate)
     if p.factor is not None:
@@ -276,7 +263,7 @@ def backward(
         [1, 1], [kernel.shape[-1] // 2] * 2, [1, 1], False, [0, 0], 1, [True, True, False])
     davg, dmax = dpooled[:, :1] / x.shape[1], dpooled[:, 1:] / ties
     index = index.long() if x.device.type == 'cpu' and bool((ties == 1).all()) else None
-    t0, t1 = steps.b(x, n, mc, avg, davg, dmax, highest, index)
+    t0, t1 = _b(x, n, mc, avg, davg, dmax, highest, index)
     s0, s1 = s0 + t0, s1 + t1  # sums over space of dF' and of dF' * (x - mean)
 
     w0, b0, w1, b1 = _matrices(p, dtype)
@@ -297,7 +284,7 @@ def backward(
     if p.training:
         k = k - slope * dbias / (len(x) * size)
         k_centred = (-slope * n.invstd.square() * dscale / (len(x) * size)).expand_as(mc)
-    dx = steps.c(x, g, n, mc, ms, davg, dmax, highest, index, top, slope * mc, slope * dmax_space, k_centred, k)
+    dx = _c(x, g, n, mc, ms, davg, dmax, highest, index, top, slope * mc, slope * dmax_space, k_centred, k)
     return Gradients(
         dx, g, dscale * n.invstd, dbias, dfc1.view_as(p.fc1_weight), dhidden.sum((0, 1)), dfc2.view_as(p.fc2_weight),
         2 * dlogit.sum(0), dkernel.contiguous(), dbn)
