@@ -130,13 +130,19 @@ def test_leaves_no_trace_on_timm(env):
 
 
 def test_threads(env):
+    """Half of them begin with timm, half with timm_cbam. test_autoload_faults.py has the order of steps one by one."""
     assert env.eval('''
-        import threading
-        counts = []
-        def count():
-            import timm.models
-            counts.append(len(timm.models.list_models('cbam*')))
-        threads = [threading.Thread(target=count) for _ in range(8)]
+        import sys, threading
+        sys.setswitchinterval(1e-4)
+        barrier, counts = threading.Barrier(8), []
+
+        def count(name):
+            barrier.wait()
+            __import__(name)
+            import timm
+            counts.append(len(timm.list_models('cbam*')))
+
+        threads = [threading.Thread(target=count, args=(name,)) for name in ['timm', 'timm_cbam'] * 4]
         [t.start() for t in threads]
         [t.join() for t in threads]
         print(*counts)

@@ -200,11 +200,13 @@ def test_what_only_other_functions_need(env, module, name):
 
 @pytest.mark.parametrize('statement', ['import timm_cbam', 'from timm_cbam import add_cbam'])
 @pytest.mark.parametrize('autoload', '01')
-@pytest.mark.parametrize('pause', ['before timm.models', 'after timm.models', 'in timm_cbam'])
+@pytest.mark.parametrize('pause', ['before timm.models', 'in timm.models', 'after timm.models', 'in timm_cbam'])
 def test_thread_with_timm_cbam_first(env, statement, autoload, pause):
     """It begins while another thread imports timm. Each has to wait for the other; both see the models."""
-    text = '{}\n' + TIMM['models/__init__.py'] if pause == 'before timm.models' else TIMM['models/__init__.py'] + '\n{}'
-    write(env.packages / 'timm', {'models/__init__.py': text.format('import __main__; __main__.start()')})
+    name = '__init__.py' if pause == 'before timm.models' else 'models/__init__.py'
+    start = 'import __main__; __main__.start()'
+    lines = [TIMM[name], start] if pause in ('after timm.models', 'in timm_cbam') else [start, TIMM[name]]
+    write(env.packages / 'timm', {name: '\n'.join(lines)})
     file = env.site / 'timm_cbam' / '__init__.py'
     file.write_text(f'import __main__; __main__.begin()\n{file.read_text()}')
     wait = 0.3  # until the other thread waits for this one

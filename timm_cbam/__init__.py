@@ -13,9 +13,9 @@ __version__ = '0.1.0'
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-# Before any module of ours. A thread that has to wait for another one to import timm then holds up nothing but this
-# module, and the start-up hook registers the models there (startup/_timm_cbam_loader.py).
-import timm.models  # noqa: F401
+# Before any module of ours, and no module of timm's: a thread that waits for another one to import timm then holds up
+# nothing but this module, and the start-up hook registers the models there (startup/_timm_cbam_loader.py).
+import timm  # noqa: F401
 
 from . import registration  # noqa: F401
 from .cbam_resnet import CbamResNet
