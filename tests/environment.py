@@ -4,6 +4,7 @@ It has the installed packages but this one, and the start-up files as the wheel 
 that the wheel does install these files like that.
 """
 import os
+import shutil
 import subprocess
 import sysconfig
 import textwrap
@@ -16,16 +17,17 @@ PACKAGE = Path(timm_cbam.__file__).parent
 STARTUP = Path(__file__).parents[1] / 'timm_cbam' / 'startup'
 COUNT = 'import timm; print(len(timm.list_models("cbam*")))'
 MODELS = '20'  # what that prints
+WARNING = 'RuntimeWarning: timm-cbam could not register its models: '
 
 
 class Environment:
-    def __init__(self, root: Path):
+    def __init__(self, root: Path, empty: bool = False):
         venv.create(root, symlinks=True)
         self.python = root / 'bin' / 'python'
         self.site = next(root.glob('lib/python*/site-packages'))
         self.packages = root / 'packages'  # the installed packages, apart, so that a test can take some away
         self.packages.mkdir()
-        for entry in Path(sysconfig.get_path('purelib')).iterdir():
+        for entry in () if empty else Path(sysconfig.get_path('purelib')).iterdir():
             if entry.suffix != '.pth' and 'timm_cbam' not in entry.name:
                 (self.packages / entry.name).symlink_to(entry)
         (self.site / 'packages.pth').write_text(f'{self.packages}\n')
@@ -37,6 +39,14 @@ class Environment:
             (self.site / file.name.replace('timm_cbam', name)).write_text(text)
         if package:
             (self.site / name).symlink_to(PACKAGE)
+
+    def copy(self, name: str) -> Path:
+        """Put a copy in the place of a package, which a test can change."""
+        link = next(folder / name for folder in (self.site, self.packages) if (folder / name).is_symlink())
+        package = link.resolve()
+        link.unlink()
+        shutil.copytree(package, link, ignore=shutil.ignore_patterns('__pycache__'))
+        return link
 
     def run(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
         env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TIMM_CBAM', 'COV'))} | env

@@ -3,9 +3,13 @@ import pkgutil
 import shutil
 import sys
 import textwrap
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
-from environment import COUNT, MODELS, STARTUP
+from environment import COUNT, MODELS, STARTUP, WARNING
+
+from timm_cbam import registration
 
 
 def test_plain(env):
@@ -46,7 +50,9 @@ def test_startup_files_agree(env):
     start = (STARTUP / 'timm_cbam_autoload.start').read_text().strip()
     pth = (STARTUP / 'timm_cbam_autoload.pth').read_text().strip()
     module, function = start.split(':')
-    assert pth == f'import {module}; {module}.{function}()'
+    comment, line = pth.splitlines()
+    assert comment.startswith('# ') and line.startswith('import ')
+    assert f'import {module}; {module}.{function}()' in line
     sys.path.insert(0, str(STARTUP))
     try:
         assert callable(pkgutil.resolve_name(start))
@@ -80,7 +86,7 @@ def test_broken(bare, source):
     assert bare.eval('print(1)') == '1'
     result = bare.run('-c', 'import timm; timm.create_model("resnet18"); print(len(timm.list_models("cbam*")))')
     assert result.stdout == '0\n'
-    assert result.stderr.count('RuntimeWarning: timm-cbam could not register its models: ') == 1
+    assert result.stderr.count(WARNING) == 1
     assert 'TIMM_CBAM_AUTOLOAD=0' in result.stderr
 
 
@@ -93,7 +99,8 @@ def test_broken_with_warnings_as_errors(bare):
 
 def test_two_plugins(env):
     env.install('other_cbam', package=False)
-    (env.site / 'other_cbam.py').write_text(
+    (env.site / 'other_cbam').mkdir()
+    (env.site / 'other_cbam' / 'registration.py').write_text(
         'from timm.models import register_model\n@register_model\ndef other_net(pretrained=False, **kwargs): pass\n')
     code = f'{COUNT}; print(timm.is_model("other_net"))'
     assert env.eval(code).split() == [MODELS, 'True']
@@ -123,13 +130,19 @@ def test_leaves_no_trace_on_timm(env):
 
 
 def test_threads(env):
+    """Half of them begin with timm, half with timm_cbam. test_autoload_faults.py has the order of steps one by one."""
     assert env.eval('''
-        import threading
-        counts = []
-        def count():
-            import timm.models
-            counts.append(len(timm.models.list_models('cbam*')))
-        threads = [threading.Thread(target=count) for _ in range(8)]
+        import sys, threading
+        sys.setswitchinterval(1e-4)
+        barrier, counts = threading.Barrier(8), []
+
+        def count(name):
+            barrier.wait()
+            __import__(name)
+            import timm
+            counts.append(len(timm.list_models('cbam*')))
+
+        threads = [threading.Thread(target=count, args=(name,)) for name in ['timm', 'timm_cbam'] * 4]
         [t.start() for t in threads]
         [t.join() for t in threads]
         print(*counts)
@@ -182,3 +195,37 @@ def test_uninstalled(env):
     for entry in [*env.site.glob('*timm_cbam*')]:
         entry.unlink() if not entry.is_dir() or entry.is_symlink() else shutil.rmtree(entry)
     assert env.eval(COUNT) == '0'
+
+
+@pytest.mark.parametrize('version,works', [
+    ('1.0.25', False), ('0.9.16', False), ('1.0.26.dev0', True), ('1.0.100', True), ('1.1', True), ('2.0.0rc1', True)])
+def test_versions_of_timm(version, works, monkeypatch):
+    monkeypatch.setattr(registration, 'timm_version', version)
+    with nullcontext() if works else pytest.raises(ImportError, match=f'needs timm>=1.0.26, found {version}$'):
+        registration._register()
+
+
+def test_oldest_timm_is_the_one_declared():
+    pyproject = (Path(__file__).parents[1] / 'pyproject.toml').read_text()
+    assert f'"timm>={registration.OLDEST_TIMM}"' in pyproject
+
+
+@pytest.mark.slow
+def test_half_registered(env):
+    """timm's registry is as without us. test_autoload_faults.py has more that goes wrong."""
+    registry = env.copy('timm') / 'models' / '_registry.py'
+    place = '    _model_to_module[model_name] = module_name\n'
+    source = registry.read_text()
+    assert source.count(place) == 1
+    fault = '    if model_name == "cbam_resnet50":\n        raise TypeError("of a later timm")\n'
+    registry.write_text(source.replace(place, fault + place))
+    code = textwrap.dedent('''
+        from timm.models import _registry
+        for name, table in sorted(vars(_registry).items()):
+            if isinstance(table, (dict, set)) and not name.startswith('__'):
+                print(name, *sorted(table))
+    ''')
+    ours, theirs = (env.run('-c', code, TIMM_CBAM_AUTOLOAD=value) for value in '10')
+    assert ours.stdout == theirs.stdout != ''
+    assert ours.stderr.count(f'{WARNING}ImportError: timm-cbam 0.1.0 does not work with timm ') == 1
+    assert '(TypeError: of a later timm). timm works without them; ' in ours.stderr

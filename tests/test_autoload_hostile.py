@@ -88,10 +88,7 @@ def test_another_timm_in_the_way(env, tmp_path):
 
 @pytest.mark.parametrize('damage', ['no models', 'empty models', 'models fails', 'models is a file of zeros'])
 def test_half_installed_timm(env, damage):
-    timm = (env.packages / 'timm').resolve()
-    (env.packages / 'timm').unlink()
-    shutil.copytree(timm, env.packages / 'timm', ignore=shutil.ignore_patterns('__pycache__'))
-    models = env.packages / 'timm' / 'models'
+    models = env.copy('timm') / 'models'
     if damage == 'no models':
         shutil.rmtree(models)
     elif damage == 'empty models':

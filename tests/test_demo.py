@@ -59,21 +59,6 @@ def test_interrupted(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_list(capsys):
-    """Multiply-adds beside torchinfo's, which counts each module's."""
-    import torchinfo
-
-    assert main(['list']) == 0
-    rows = {row[0]: row[1:] for row in map(str.split, capsys.readouterr().out.splitlines()[1:])}
-    assert set(rows) == set(timm.list_models('cbam*'))
-    for name in ('cbam_resnet18', 'cbam_resnet50_s1', 'cbam_resnet152_eccv18'):
-        model = timm.create_model(name, device='meta')
-        info = torchinfo.summary(model, (1, *model.pretrained_cfg['input_size']), device='meta', verbose=0)
-        assert rows[name][0] == f'{info.total_params:,}'
-        assert float(rows[name][1]) == pytest.approx(info.total_mult_adds / 1e9, abs=0.02)
-        assert rows[name][2] == 'x'.join(map(str, model.pretrained_cfg['input_size']))
-
-
 @pytest.mark.parametrize('args,message', [
     (['--epochs', '0'], 'argument --epochs: 0 is less than 1'),
     (['--device', 'toaster'], "argument --device: 'toaster' is no device of this machine, try cpu"),

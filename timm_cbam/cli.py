@@ -1,11 +1,15 @@
 """The command `timm-cbam`"""
 import argparse
 import sys
+from contextlib import contextmanager
 from importlib import import_module
-from typing import List, Optional
+from pathlib import Path
+from typing import Iterator, List, Optional, Sequence
+from urllib.error import URLError
 
 import torch
-from timm.models import create_model, get_arch_pretrained_cfgs, list_models
+from huggingface_hub.errors import LocalEntryNotFoundError
+from timm.models import PretrainedCfg, create_model, get_arch_pretrained_cfgs, is_model, list_models
 
 from . import __version__, fusion
 from .ops import native
@@ -51,20 +55,80 @@ def _model_name(value: str) -> str:
     return value
 
 
-def _list(args: argparse.Namespace) -> None:
+def _is_download_error(error: Optional[BaseException]) -> bool:
+    """Whether an error, or one that it is due to, is of the network."""
+    while error is not None:
+        # without a connection huggingface_hub says that a file is not in its cache
+        if isinstance(error, (URLError, LocalEntryNotFoundError, ConnectionError, TimeoutError)):
+            return True
+        if type(error).__module__.partition('.')[0] in ('httpx', 'httpx2', 'requests'):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+@contextmanager
+def _loading(*names: str) -> Iterator[None]:
+    """Say what to do where timm cannot load a model."""
+    for name in names:
+        if ':' not in name and not is_model(name) and Path(name).is_dir():
+            raise ValueError(f'Unknown model ({name}), for the folder of this name use local-dir:{name}')
+    try:
+        yield
+    except Exception as e:
+        if not _is_download_error(e):
+            raise
+        raise OSError(
+            f'{str(e).rstrip(".")}. The weights had to be downloaded. Where that is not possible, name a folder with '
+            f'config.json and model.safetensors: local-dir:FOLDER') from e
+
+
+def _weights(name: str) -> List[PretrainedCfg]:
+    """Weights that `pretrained=True` can load, the default first."""
+    return [cfg for cfg in get_arch_pretrained_cfgs(name).values() if cfg.has_weights]
+
+
+def _size(input_size: Sequence[int]) -> str:
+    return 'x'.join(map(str, input_size))
+
+
+def _list_models() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    print(f'{"model":<22} {"parameters":>11} {"GMACs":>7} {"input":>11}  tags')
+    print(f'{"model":<22} {"parameters":>11} {"GMACs":>7} {"input":>11}  weights')
     for name in list_models('cbam*'):
         model = create_model(name, device='meta').eval()
         input_size = model.pretrained_cfg['input_size']
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, *input_size, device='meta'))
         parameters = sum(p.numel() for p in model.parameters())
-        tags = ' '.join(cfg.tag for cfg in get_arch_pretrained_cfgs(name).values())
+        weights = _weights(name)
+        tags = weights[0].tag if weights else 'none'
+        if len(weights) > 1:
+            tags += f' and {len(weights) - 1} more'
         print(
-            f'{name:<22} {parameters:>11,} {counter.get_total_flops() / 2e9:>7.2f} '
-            f'{"x".join(map(str, input_size)):>11}  {tags}')
+            f'{name:<22} {parameters:>11,} {counter.get_total_flops() / 2e9:>7.2f} {_size(input_size):>11}  {tags}')
+
+
+def _list_weights(name: str) -> None:
+    weights = _weights(name)
+    if not weights:
+        print(f'{name} has no pretrained weights.')
+        return
+    rows = [(f'{name}.{cfg.tag}', _size(cfg.input_size), cfg.num_classes, cfg.license or 'unknown') for cfg in weights]
+    width = max(len(row[0]) for row in rows)
+    print(f'{"weights, default first":<{width}} {"input":>11} {"classes":>8}  license')
+    for tagged, size, classes, license in rows:
+        print(f'{tagged:<{width}} {size:>11} {classes:>8,}  {license}')
+    if any(cfg.tag.startswith('warm_') for cfg in weights):
+        print("warm_...: timm's weights of the plain ResNet; the attention is not trained yet and changes nothing")
+
+
+def _list(args: argparse.Namespace) -> None:
+    if args.name:
+        _list_weights(args.name)
+    else:
+        _list_models()
 
 
 def _require(command: str, extra: str, *packages: str) -> None:
@@ -92,8 +156,9 @@ def _explain(args: argparse.Namespace) -> None:
     _require('explain', 'explain', 'matplotlib', 'pytorch_grad_cam')
     from .explain import explain
 
-    for file in explain(args.images, args.model, args.compare, args.target, args.output):
-        print(file)
+    with _loading(args.model, *args.compare):
+        for file in explain(args.images, args.model, args.compare, args.target, args.output):
+            print(file)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -105,37 +170,46 @@ def _report(args: argparse.Namespace) -> None:
 
 def _create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog='timm-cbam', description='CBAM-ResNets for timm.')
-    parser.add_argument('--version', action=_Version, nargs=0, help='show the version, and what runs on CPU, and exit')
-    commands = parser.add_subparsers(dest='command', required=True)
+    parser.add_argument(
+        '--version', action=_Version, nargs=0, help='show the version and which implementation runs on CPU, and exit')
+    commands = parser.add_subparsers(title='commands', metavar='COMMAND')
 
-    command = commands.add_parser('list', help='models, parameters, multiply-adds, weight tags')
+    command = commands.add_parser(
+        'list', help='list the models, or the pretrained weights of one',
+        description='List all models with their size and default weights, or all pretrained weights of one model.')
+    command.add_argument('name', metavar='MODEL', nargs='?', type=_model_name, help='list the weights of this model')
     command.set_defaults(run=_list)
 
     command = commands.add_parser(
-        'demo', help='train, save, reload and picture a model on handwritten digits',
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    command.add_argument('--epochs', type=_positive_int, default=5, help='number of epochs')
-    command.add_argument('--output', default='timm-cbam-demo', help='folder to write, a former one is replaced')
-    command.add_argument('--seed', type=int, default=42, help='seed of everything random')
-    command.add_argument('--device', type=_device, help='device to train on, None for the best there is')
-    command.add_argument('--model', type=_model_name, default='cbam_resnet18_s1', help='model to train')
+        'demo', help='train a small model on handwritten digits, save it, load it again and draw where it looks',
+        description='Train a model on handwritten digits, without any download. The output folder gets the model, in '
+        'the format of the Hugging Face Hub, and a picture of where it looks.')
+    command.add_argument(
+        '--epochs', type=_positive_int, default=5, help='number of training epochs (default: %(default)s)')
+    command.add_argument(
+        '--output', default='timm-cbam-demo', help='output folder, replaced if it exists (default: %(default)s)')
+    command.add_argument('--seed', type=int, default=42, help='random seed (default: %(default)s)')
+    command.add_argument(
+        '--device', type=_device, help='device to train on, such as cpu or cuda (default: the best one available)')
+    command.add_argument(
+        '--model', type=_model_name, default='cbam_resnet18_s1', help='model to train (default: %(default)s)')
     command.set_defaults(run=_demo)
 
     command = commands.add_parser(
-        'convert', help='make a checkpoint of other CBAM code, or of a plain ResNet, loadable with timm; or back',
-        description='Recognise layout, depth, stem, arguments and number of classes of a checkpoint, and write it as a '
-        'folder in the format of the Hugging Face Hub, which timm loads as local-dir:DST. With --to, write a '
-        'checkpoint for other CBAM code.')
-    command.add_argument('src', metavar='SRC', help='checkpoint: .pth, .pth.tar, .bin or .safetensors')
-    command.add_argument('dst', metavar='DST', help='folder to write, a former one is replaced; with --to a new file')
-    command.add_argument('--model', type=_model_name, help='model that SRC is meant for, None to recognise it')
+        'convert', help='convert a checkpoint of other CBAM code or of a plain ResNet for timm, or back',
+        description='Convert a checkpoint to a folder, for timm.create_model("local-dir:DST", pretrained=True) and the '
+        'Hugging Face Hub. Which code it is of, depth and arguments of the network are found out from the weights. '
+        'With --to, convert it to a checkpoint for other CBAM code instead.')
+    command.add_argument('src', metavar='SRC', help='checkpoint file: .pth, .pth.tar, .bin or .safetensors')
+    command.add_argument('dst', metavar='DST', help='output folder (replaced if it exists), with --to a new file')
+    command.add_argument('--model', type=_model_name, help='model that SRC is for (default: found out from SRC)')
     command.add_argument(
         '--to', choices=('article', 'community', 'official', 'pytorchcv'),
-        help='write a checkpoint for the code of the reproduction article, luuuyi/CBAM.PyTorch, '
-        'Jongchan/attention-module (the authors) or pytorchcv')
+        help='write a checkpoint for this code: of the reproduction article, luuuyi/CBAM.PyTorch (community), '
+        'Jongchan/attention-module (official, by the authors of CBAM) or pytorchcv')
     command.add_argument(
         '--verify', action='store_true',
-        help='compute a noise image with the checkpoint, by the rules of its own code, and with what was written')
+        help='check that original and converted weights give the same output')
     command.set_defaults(run=_convert)
 
     command = commands.add_parser(
@@ -148,7 +222,8 @@ def _create_parser() -> argparse.ArgumentParser:
     command.add_argument(
         '--model', default='cbam_resnet50_eccv18', help='model to explain (default: %(default)s)')
     command.add_argument(
-        '--compare', metavar='MODEL', nargs='+', default=[], help='more models for Grad-CAM, any CNNs of timm')
+        '--compare', metavar='MODEL', nargs='+', default=[],
+        help='more models for Grad-CAM, any CNNs of timm')
     command.add_argument(
         '--target', metavar='CLASS',
         help="class that Grad-CAM looks for, by name or index (default: each model's most probable one)")
@@ -158,14 +233,21 @@ def _create_parser() -> argparse.ArgumentParser:
         'name that ends in .png, .pdf, .svg, ... (default: %(default)s)')
     command.set_defaults(run=_explain)
 
-    command = commands.add_parser('report', help="draw the curves of a run of timm's train.py")
-    command.add_argument('run_dir', metavar='RUN_DIR', help='folder with summary.csv, gets summary.png')
+    command = commands.add_parser(
+        'report', help="plot loss, accuracy and learning rate of a run of timm's train.py",
+        description="Plot loss, accuracy and learning rate of a run of timm's train.py.")
+    command.add_argument(
+        'run_dir', metavar='RUN_DIR', help='output folder of the run, which has summary.csv and gets summary.png')
     command.set_defaults(run=_report)
     return parser
 
 
 def main(argv: Optional[List[str]] = None) -> int:
-    args = _create_parser().parse_args(argv)
+    parser = _create_parser()
+    args = parser.parse_args(argv)
+    if 'run' not in args:
+        parser.print_help()
+        return 0
     try:
         args.run(args)
     except KeyboardInterrupt:
@@ -175,6 +257,7 @@ def main(argv: Optional[List[str]] = None) -> int:
         print(f'timm-cbam: error: {e}', file=sys.stderr)
         return 1
     return 0
+
 
 if __name__ == '__main__':
     sys.exit(main())

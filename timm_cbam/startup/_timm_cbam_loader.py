@@ -1,23 +1,22 @@
 """Loads timm.models as it would be loaded anyway, and then timm_cbam. See _timm_cbam_autoload."""
-import os
 import sys
 import threading
-import warnings
 
 _searching: set[int] = set()  # threads inside find_spec, where the finder of another plugin may ask ours again
 
 
 def find_spec(own_finder, name, path, target):
     thread = threading.get_ident()
-    if thread in _searching or os.environ.get('TIMM_CBAM_AUTOLOAD') == '0':
+    if thread in _searching:
         return None
     _searching.add(thread)
     try:
-        for finder in sys.meta_path:
-            spec = finder.find_spec(name, path, target) if finder is not own_finder else None
+        for finder in tuple(sys.meta_path):
+            search = getattr(finder, 'find_spec', None)  # Python, too, passes over finders without one
+            spec = search(name, path, target) if search and finder is not own_finder else None
             if spec is not None:
                 if hasattr(spec.loader, 'exec_module'):  # a folder without __init__.py may have none
-                    spec.loader = _Loader(spec.loader)
+                    spec.loader = _Loader(spec.loader, own_finder)
                 return spec
     finally:
         _searching.discard(thread)
@@ -26,8 +25,9 @@ def find_spec(own_finder, name, path, target):
 class _Loader:
     """Stands in for the loader of timm.models until the module has been executed."""
 
-    def __init__(self, loader):
+    def __init__(self, loader, finder):
         self.loader = loader
+        self.finder = finder
 
     def __getattr__(self, name):
         return getattr(self.loader, name)
@@ -37,14 +37,9 @@ class _Loader:
         module.__spec__.loader = module.__loader__ = self.loader
         self.loader.exec_module(module)
         try:
-            import timm_cbam  # noqa: F401
+            # Not timm_cbam alone: another thread may have begun with that, and be waiting for this one to end.
+            import timm_cbam.registration  # noqa: F401
         except KeyboardInterrupt:
             raise
-        except BaseException as e:  # SystemExit included: whatever is wrong with us, timm has to work
-            message = (
-                f'timm-cbam could not register its models: {type(e).__name__}: {e}. timm works without them; '
-                f'reinstall or uninstall timm-cbam, or set TIMM_CBAM_AUTOLOAD=0 to silence this.')
-            try:
-                warnings.warn(message, RuntimeWarning, stacklevel=2)
-            except RuntimeWarning:  # python -W error
-                print(message, file=sys.stderr)
+        except BaseException as e:
+            self.finder.warn(e)
