@@ -5,6 +5,7 @@ that the wheel does install these files like that.
 """
 import os
 import subprocess
+import sys
 import sysconfig
 import textwrap
 import venv
@@ -20,14 +21,16 @@ MODELS = '20'  # what that prints
 
 class Environment:
     def __init__(self, root: Path):
-        venv.create(root, symlinks=True)
-        self.python = root / 'bin' / 'python'
-        self.site = next(root.glob('lib/python*/site-packages'))
+        windows = sys.platform == 'win32'
+        venv.create(root, symlinks=not windows)
+        paths = sysconfig.get_paths('nt' if windows else 'posix_prefix', dict(base=str(root), platbase=str(root)))
+        self.python = Path(paths['scripts'], 'python.exe' if windows else 'python')
+        self.site = Path(paths['purelib'])
         self.packages = root / 'packages'  # the installed packages, apart, so that a test can take some away
         self.packages.mkdir()
         for entry in Path(sysconfig.get_path('purelib')).iterdir():
             if entry.suffix != '.pth' and 'timm_cbam' not in entry.name:
-                (self.packages / entry.name).symlink_to(entry)
+                (self.packages / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())
         (self.site / 'packages.pth').write_text(f'{self.packages}\n')
 
     def install(self, name: str = 'timm_cbam', package: bool = True):
@@ -36,7 +39,7 @@ class Environment:
             text = file.read_text().replace('timm_cbam', name).replace('TIMM_CBAM', name.upper())
             (self.site / file.name.replace('timm_cbam', name)).write_text(text)
         if package:
-            (self.site / name).symlink_to(PACKAGE)
+            (self.site / name).symlink_to(PACKAGE, target_is_directory=True)
 
     def run(self, *args: str, check: bool = True, **env: str) -> subprocess.CompletedProcess:
         env = {k: v for k, v in os.environ.items() if not k.startswith(('PYTHON', 'TIMM_CBAM', 'COV'))} | env
