@@ -98,7 +98,7 @@ def export_onnx(model, x, file):
 def onnx(model, calibration, tmp_path):
     export_onnx(model, calibration, tmp_path / 'float.onnx')
     ort_quantization.quantize_static(
-        tmp_path / 'float.onnx', tmp_path / 'int8.onnx', Reader(calibration), per_channel=True, reduce_range=True)
+        tmp_path / 'float.onnx', tmp_path / 'int8.onnx', Reader(calibration), per_channel=True)
     session = onnxruntime.InferenceSession(tmp_path / 'int8.onnx')
     return lambda x: torch.from_numpy(session.run(None, {'x': x.numpy()})[0])
 
