@@ -27,14 +27,24 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 BATCH = 32  # of all processes together
 
 
-def create_model() -> nn.Module:
+def norms(model: nn.Module) -> List[nn.BatchNorm2d]:
+    return [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+
+
+def create_model(args: argparse.Namespace) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(
+    model = timm.create_model(
         'cbam_resnet18_s1', num_classes=10, in_chans=1, channels=(16, 32, 64, 128), zero_init_last=False)
+    if args.freeze_norms:  # at statistics that a pretrained network would bring along
+        for m in norms(model):
+            m.momentum = 1.
+        model(create_dataset(8).tensors[0])
+    return model
 
 
-def create_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    return torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+def create_optimizer(model: nn.Module, args: argparse.Namespace) -> torch.optim.Optimizer:
+    # with frozen norms larger steps make the loss jump, and then rounding shows
+    return torch.optim.SGD(model.parameters(), lr=0.002 if args.freeze_norms else 0.02, momentum=0.9)
 
 
 def create_dataset(steps: int) -> TensorDataset:
@@ -46,9 +56,8 @@ def create_dataset(steps: int) -> TensorDataset:
 def set_mode(model: nn.Module, freeze_norms: bool) -> None:
     """Training mode; frozen batch-norms use the statistics they have, whatever a process gets to see."""
     model.train()
-    for m in model.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.train(not freeze_norms)
+    for m in norms(model):
+        m.train(not freeze_norms)
 
 
 def local_device() -> torch.device:
@@ -91,9 +100,9 @@ def train(
 
 
 def single(args: argparse.Namespace) -> Dict[str, Any]:
-    model = create_model().to(local_device())
-    losses = train(
-        model, create_optimizer(model), DataLoader(create_dataset(args.steps), BATCH), args.freeze_norms, args.shares)
+    model = create_model(args).to(local_device())
+    loader = DataLoader(create_dataset(args.steps), BATCH)
+    losses = train(model, create_optimizer(model, args), loader, args.freeze_norms, args.shares)
     return dict(losses=losses, state_dict=model.state_dict())
 
 
@@ -108,9 +117,9 @@ def ddp(args: argparse.Namespace) -> Dict[str, Any]:
 
     dist.init_process_group()
     device = local_device()
-    model = create_model().to(device)
+    model = create_model(args).to(device)
     parallel = DistributedDataParallel(model, device_ids=[device.index] if device.type == 'cuda' else None)
-    losses = train(parallel, create_optimizer(parallel), create_share_loader(args.steps), args.freeze_norms)
+    losses = train(parallel, create_optimizer(parallel, args), create_share_loader(args.steps), args.freeze_norms)
     return dict(losses=losses, state_dict=model.state_dict())
 
 
@@ -123,12 +132,12 @@ def fsdp2(args: argparse.Namespace) -> Dict[str, Any]:
     dist.init_process_group()
     device = local_device()
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    model = create_model().to(device)
+    model = create_model(args).to(device)
     for block in model.modules():
         if isinstance(block, (BasicBlock, Bottleneck)):
             fully_shard(block, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    losses = train(model, create_optimizer(model), create_share_loader(args.steps), args.freeze_norms)
+    losses = train(model, create_optimizer(model, args), create_share_loader(args.steps), args.freeze_norms)
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return dict(losses=losses, state_dict=get_model_state_dict(model, options=whole))
 
@@ -137,9 +146,9 @@ def accelerate(args: argparse.Namespace) -> Dict[str, Any]:
     from accelerate import Accelerator
 
     accelerator = Accelerator()
-    model = create_model()
+    model = create_model(args)
     loader = DataLoader(create_dataset(args.steps), BATCH // accelerator.num_processes)
-    parallel, optimizer, loader = accelerator.prepare(model, create_optimizer(model), loader)
+    parallel, optimizer, loader = accelerator.prepare(model, create_optimizer(model, args), loader)
     losses = train(parallel, optimizer, loader, args.freeze_norms, backward=accelerator.backward)
     return dict(losses=losses, state_dict=accelerator.get_state_dict(parallel))
 
@@ -150,7 +159,7 @@ def lightning(args: argparse.Namespace) -> Dict[str, Any]:
     class Classifier(pl.LightningModule):
         def __init__(self) -> None:
             super().__init__()
-            self.model = create_model()
+            self.model = create_model(args)
             self.losses: List[float] = []
 
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -162,14 +171,17 @@ def lightning(args: argparse.Namespace) -> Dict[str, Any]:
             self.losses.append(mean_over_processes(loss))
             return loss
 
+        def train_dataloader(self) -> DataLoader:  # Lightning's own distributed sampler would shuffle
+            return create_share_loader(args.steps)
+
         def configure_optimizers(self) -> torch.optim.Optimizer:
-            return create_optimizer(self.model)
+            return create_optimizer(self.model, args)
 
     classifier = Classifier()
     trainer = pl.Trainer(
-        devices=args.processes, strategy='ddp', max_epochs=1, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False)
-    trainer.fit(classifier, DataLoader(create_dataset(args.steps), BATCH // args.processes))
+        devices=args.processes, strategy='ddp', max_epochs=1, use_distributed_sampler=False, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+    trainer.fit(classifier)
     return dict(losses=classifier.losses, state_dict=classifier.model.state_dict())
 
 
