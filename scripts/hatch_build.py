@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+from hatchling.builders.macos import process_macos_plat_tag
 from packaging.tags import platform_tags
 
 # No -ffast-math: NaN, infinities and each rounding are as in PyTorch. What is here lets loops be vectorized.
@@ -76,6 +77,13 @@ def build_libraries(source: Path, folder: Path) -> List[Path]:
     return libraries
 
 
+def platform_tag() -> str:
+    """Of a wheel with libraries that were built here, for auditwheel and delocate to refine."""
+    tag = next(tag for tag in platform_tags() if tag.startswith(('linux_', 'macosx_')))
+    # the compiler and hatchling's own tags follow MACOSX_DEPLOYMENT_TARGET
+    return process_macos_plat_tag(tag, compat=False) if sys.platform == 'darwin' else tag
+
+
 class BuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: Dict[str, Any]) -> None:
         ops = Path(self.root, 'timm_cbam', 'ops')
@@ -89,8 +97,7 @@ class BuildHook(BuildHookInterface):
         if version != 'editable':
             build_data['force_include'].update({str(path): f'timm_cbam/ops/{path.name}' for path in libraries})
             build_data['pure_python'] = False
-            platform_tag = next(tag for tag in platform_tags() if tag.startswith(('linux_', 'macosx_')))
-            build_data['tag'] = f'py3-none-{platform_tag}'
+            build_data['tag'] = f'py3-none-{platform_tag()}'
 
     def finalize(self, version: str, build_data: Dict[str, Any], artifact_path: str) -> None:
         self.temporary.cleanup()

@@ -6,6 +6,7 @@ that the wheel does install these files like that.
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 import textwrap
 import venv
@@ -22,14 +23,16 @@ WARNING = 'RuntimeWarning: timm-cbam could not register its models: '
 
 class Environment:
     def __init__(self, root: Path, empty: bool = False):
-        venv.create(root, symlinks=True)
-        self.python = root / 'bin' / 'python'
-        self.site = next(root.glob('lib/python*/site-packages'))
+        windows = sys.platform == 'win32'
+        venv.create(root, symlinks=not windows)
+        paths = sysconfig.get_paths('nt' if windows else 'posix_prefix', dict(base=str(root), platbase=str(root)))
+        self.python = Path(paths['scripts'], 'python.exe' if windows else 'python')
+        self.site = Path(paths['purelib'])
         self.packages = root / 'packages'  # the installed packages, apart, so that a test can take some away
         self.packages.mkdir()
         for entry in () if empty else Path(sysconfig.get_path('purelib')).iterdir():
             if entry.suffix != '.pth' and 'timm_cbam' not in entry.name:
-                (self.packages / entry.name).symlink_to(entry)
+                (self.packages / entry.name).symlink_to(entry, target_is_directory=entry.is_dir())
         (self.site / 'packages.pth').write_text(f'{self.packages}\n')
 
     def install(self, name: str = 'timm_cbam', package: bool = True):
@@ -38,7 +41,7 @@ class Environment:
             text = file.read_text().replace('timm_cbam', name).replace('TIMM_CBAM', name.upper())
             (self.site / file.name.replace('timm_cbam', name)).write_text(text)
         if package:
-            (self.site / name).symlink_to(PACKAGE)
+            (self.site / name).symlink_to(PACKAGE, target_is_directory=True)
 
     def copy(self, name: str) -> Path:
         """Put a copy in the place of a package, which a test can change."""

@@ -1,6 +1,5 @@
 """Killed, out of space, not permitted, a Hub that fails: what was written is whole or absent, and a retry works"""
 import os
-import resource
 import subprocess
 import sys
 import textwrap
@@ -14,6 +13,8 @@ from helpers import run
 from hub_server import HubServer
 
 from timm_cbam.hub import save_model
+
+resource = pytest.importorskip('resource')  # limits on what a process may write, not on Windows
 
 pytestmark = pytest.mark.slow
 

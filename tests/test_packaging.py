@@ -92,7 +92,7 @@ def test_sdist_has_what_it_should(tmp_path):
     path, _ = hatchling(ROOT, 'sdist', tmp_path)
     with tarfile.open(path) as archive:
         names = {name.partition('/')[2] for name in archive.getnames()}
-    folders = ('timm_cbam', 'tests', 'hub_configs', 'scripts')
+    folders = ('timm_cbam', 'tests', 'hub_configs', 'scripts', '.github')
     files = {
         str(p.relative_to(ROOT)) for folder in folders for p in (ROOT / folder).rglob('*')
         if p.is_file() and p.suffix != '.so' and '__pycache__' not in p.parts and '.nox' not in p.parts}
@@ -138,6 +138,27 @@ def test_all_levels_or_none(monkeypatch, tmp_path):
 
     source.write_text('')
     assert {p.name for p in build_libraries(source, folder)} == LIBRARIES == {p.name for p in folder.iterdir()}
+
+
+@pytest.mark.parametrize('platform_name, tags, variables, expected', [
+    ('linux', ['manylinux_2_39_x86_64', 'manylinux2014_x86_64', 'linux_x86_64'], {}, 'linux_x86_64'),
+    ('darwin', ['macosx_15_0_arm64', 'macosx_14_0_arm64'], {}, 'macosx_15_0_arm64'),
+    ('darwin', ['macosx_15_0_arm64'], {'MACOSX_DEPLOYMENT_TARGET': '11.0'}, 'macosx_11_0_arm64'),
+    ('darwin', ['macosx_15_0_arm64'], {'MACOSX_DEPLOYMENT_TARGET': '12.3', 'ARCHFLAGS': '-arch arm64'},
+     'macosx_12_0_arm64')])
+def test_platform_tag(platform_name, tags, variables, expected, monkeypatch):
+    """A wheel for macOS says the oldest version that its libraries were compiled for, which cibuildwheel sets."""
+    monkeypatch.syspath_prepend(ROOT / 'scripts')
+    import hatch_build
+
+    monkeypatch.setattr(sys, 'platform', platform_name)
+    monkeypatch.setattr(platform, 'machine', lambda: 'arm64')
+    monkeypatch.setattr(hatch_build, 'platform_tags', lambda: iter(tags))
+    for name in ('MACOSX_DEPLOYMENT_TARGET', 'ARCHFLAGS'):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert hatch_build.platform_tag() == expected
 
 
 @pytest.mark.parametrize('variables', [variables for variables, _ in WITHOUT_COMPILER[::3]])

@@ -1,6 +1,7 @@
 """Every snippet of the README runs, but those that CI itself is made of and those that need files of timm's"""
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,7 +39,7 @@ def test_shell(tmp_path):
     assert len(blocks) == 3
     for line in '\n'.join(blocks).splitlines():
         if line and not line.startswith('pip install'):  # that one is CI; the demo has tests of its own
-            run(['bash', '-c', line], tmp_path)
+            run([shutil.which('bash'), '-c', line], tmp_path)  # on Windows not WSL's
 
 
 def names_in(row):

@@ -96,6 +96,13 @@ class CbamResNet(ResNet):
 
     It is timm's ResNet in every other respect. Beside the stems of ResNet it has
       * 's1' - a single 3x3 conv of stride 1 and no max-pool, for small images (stem_type='s1')
+
+    Example:
+        >>> model = timm.create_model('cbam_resnet18_s1', num_classes=10, cbam_args=dict(rd_ratio=1 / 8))
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
+        >>> model.layer1[0].se.channel.fc1
+        Conv2d(64, 8, kernel_size=(1, 1), stride=(1, 1), bias=False)
     """
 
     def __init__(

@@ -317,6 +317,15 @@ def add_cbam(
         ValueError: If a name or pattern matches nothing, or CBAM cannot follow one of the modules: it returns no map,
             is not called, or has a CBAM already. Also if a gate is no power of two at zero, the example does not fit,
             or Cbam refuses its arguments. The model is unchanged then.
+
+    Example:
+        >>> model = timm.create_model('resnet10t').eval()
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> before = model(x)
+        >>> add_cbam(model, ['layer3', 'layer4'])
+        ['layer3.0', 'layer4.0']
+        >>> torch.equal(model(x), before)
+        True
     """
     calls = _run(model, example)
     times: Counter = Counter(m for parent in model.modules() for m in parent._modules.values())
@@ -358,6 +367,15 @@ def remove_cbam(model: nn.Module) -> List[str]:
 
     Returns:
         Names of the modules that CBAM followed.
+
+    Example:
+        >>> model = timm.create_model('resnet10t')
+        >>> add_cbam(model, 'layer4')
+        ['layer4.0']
+        >>> remove_cbam(model)
+        ['layer4.0']
+        >>> remove_cbam(model)
+        []
     """
     wrappers = [m for m in model.modules() if isinstance(m, WithCbam)]
     for wrapper in wrappers:

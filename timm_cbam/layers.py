@@ -33,6 +33,12 @@ class ChannelAttention(nn.Module):
     Shape:
         - Input: (B, C, H, W)
         - Output: (B, C, H, W)
+
+    Example:
+        >>> attention = ChannelAttention(64, rd_ratio=1 / 8)
+        >>> x = torch.randn(2, 64, 28, 28)
+        >>> attention(x).shape, attention.attention_map(x).shape
+        (torch.Size([2, 64, 28, 28]), torch.Size([2, 64, 1, 1]))
     """
 
     def __init__(
@@ -94,7 +100,9 @@ class ChannelAttention(nn.Module):
             return self.gate(self.fc2(self.act(self.fc1(x.amax((2, 3), keepdim=True)))))
         # The shared MLP runs once, over both pooled maps side by side as two pixels.
         pooled = torch.cat([x.mean((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)], dim=3)
-        return self.gate(self.fc2(self.act(self.fc1(pooled))).sum(dim=3, keepdim=True))
+        logits = self.fc2(self.act(self.fc1(pooled)))
+        # Added, not reduced: quantizers give a sum over a dimension the range of its input.
+        return self.gate(logits[..., :1] + logits[..., 1:])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return x * self.attention_map(x)
@@ -108,6 +116,12 @@ class SpatialAttention(nn.Module):
     Shape:
         - Input: (B, C, H, W)
         - Output: (B, C, H, W)
+
+    Example:
+        >>> attention = SpatialAttention(kernel_size=3)
+        >>> x = torch.randn(2, 64, 28, 28)
+        >>> attention(x).shape, attention.attention_map(x).shape
+        (torch.Size([2, 64, 28, 28]), torch.Size([2, 1, 28, 28]))
     """
 
     def __init__(
@@ -175,6 +189,16 @@ class Cbam(nn.Module):
     Shape:
         - Input: (B, C, H, W)
         - Output: (B, C, H, W)
+
+    Example:
+        >>> Cbam(64, arrangement='parallel')(torch.randn(2, 64, 28, 28)).shape
+        torch.Size([2, 64, 28, 28])
+
+        In another network of timm's:
+
+        >>> model = timm.create_model('resnet10t', block_args=dict(attn_layer=Cbam))
+        >>> type(model.layer1[0].se).__name__
+        'Cbam'
     """
     parallel: Final[bool]  # constants, so that TorchScript compiles one arrangement only
     spatial_first: Final[bool]

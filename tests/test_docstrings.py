@@ -1,0 +1,21 @@
+"""Every public name has an example, and the examples run"""
+import doctest
+
+import pytest
+import timm
+import torch
+
+import timm_cbam
+
+# What attention_maps returns, whose example shows it, and two whose docstrings are being rewritten elsewhere
+WITHOUT = {'AttentionMaps', 'attention_maps', 'convert_state_dict'}
+
+
+@pytest.mark.parametrize('name', sorted(set(timm_cbam.__all__) - WITHOUT))
+def test_example(name):
+    example, = doctest.DocTestFinder(recurse=False).find(
+        getattr(timm_cbam, name), name, globs={'timm': timm, 'torch': torch, **vars(timm_cbam)})
+    assert example.examples, f'the docstring of timm_cbam.{name} has no example'
+    report = []
+    result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=report.append)
+    assert not result.failed, ''.join(report)
