@@ -16,8 +16,8 @@ from helpers import SUFFIXES, golden_case, golden_cases, golden_input, golden_st
 from pytorchcv.model_provider import get_model
 from safetensors.torch import save_file
 
-import timm_cbam.cbam_resnet
 import timm_cbam.convert
+import timm_cbam.weights
 from timm_cbam.cli import main
 from timm_cbam.weights import to_native_layout
 
@@ -244,15 +244,15 @@ def test_interrupted_while_writing(tmp_path, monkeypatch):
 
 
 def test_wrong_conversion_is_found(tmp_path, monkeypatch, capsys):
-    adapt_state_dict = timm_cbam.cbam_resnet.adapt_state_dict
+    adapt_state_dict = timm_cbam.weights.adapt_state_dict
 
-    def wrong(state_dict, model):
-        state_dict = dict(adapt_state_dict(state_dict, model))
+    def wrong(state_dict, model, **kwargs):
+        state_dict = dict(adapt_state_dict(state_dict, model, **kwargs))
         state_dict['fc.weight'] = state_dict['fc.weight'] * (1 + 1e-6)
         return state_dict
 
     torch.save(without(), tmp_path / 'a.pth')
-    monkeypatch.setattr(timm_cbam.cbam_resnet, 'adapt_state_dict', wrong)
+    monkeypatch.setattr(timm_cbam.weights, 'adapt_state_dict', wrong)
     assert main(['convert', str(tmp_path / 'a.pth'), str(tmp_path / 'dst'), '--verify']) == 1
     assert 'dst does not compute what' in capsys.readouterr().err
     assert os.listdir(tmp_path) == ['a.pth']

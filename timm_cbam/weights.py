@@ -6,16 +6,17 @@ attention concatenates its two poolings (here average, maximum, as in the paper'
 
 The weights of a plain ResNet get gates that let everything through, see :func:`_warm_start`.
 """
+import copy
 import logging
 import math
 import re
-from typing import Any, Dict, Iterable, Mapping, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple
 
 import torch
 from timm.models import clean_state_dict
 from torch import nn
 
-from .layers import Cbam
+from .layers import Cbam, ChannelAttention, SpatialAttention
 
 _logger = logging.getLogger(__name__)
 
@@ -115,23 +116,49 @@ def unwrap(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
     return state_dict
 
 
+def _has_own_attention(state_dict: Mapping[str, Any]) -> bool:
+    return any('.se.channel.' in key or '.se.spatial.' in key for key in state_dict)
+
+
+def _has_blocks(state_dict: Mapping[str, Any]) -> bool:
+    return any(re.match(_BLOCK, key) for key in state_dict)
+
+
 def describe_layout(state_dict: Mapping[str, Any]) -> str:
     """Say in a sentence what a state dict looks like, for error messages."""
     state_dict = unwrap(state_dict)
     layout = find_layout(state_dict)
     if layout is not None:
         return f'The state dict has the layout of {layout.name}, which fits cbam_resnet*{layout.family}.'
-    if any('.se.channel.' in key or '.se.spatial.' in key for key in state_dict):
+    if _has_own_attention(state_dict):
         return "The state dict has this package's layout, of another depth, stem or cbam_args."
     if any('.se.fc1.' in key for key in state_dict):
         return 'The state dict looks like an SE-ResNet, whose attention is another.'
     if is_plain_resnet(state_dict):
         return 'The state dict looks like a plain ResNet, of another depth, width or stem.'
+    if _has_blocks(state_dict):
+        unknown = foreign_keys(state_dict)
+        in_blocks = [key for key in unknown if re.match(_BLOCK, key)]
+        what = 'attention of a layout that is not known' if in_blocks else 'more in it than a ResNet has'
+        return f'The state dict is that of a ResNet with {what}: {_shorten(in_blocks or unknown)}.'
     return f'The state dict has no layout of a CBAM-ResNet, its keys are {", ".join(list(state_dict)[:4])}, ...'
 
 
+# What ResNets of timm and torchvision have, and a classifier of any name, which is no attention.
+_BLOCK = r'layer\d+\.\d+\.'
+_PLAIN = re.compile(
+    rf'(({_BLOCK})?(conv|bn|act)\d|{_BLOCK}downsample|maxpool)\.|'
+    r'(fc|head|classifier|linear|last_linear|output|logits|projector|projection_head|predictor)\d*\.')
+
+
+def foreign_keys(state_dict: Mapping[str, Any]) -> List[str]:
+    """Keys that a plain ResNet does not have."""
+    return [key for key in state_dict if not _PLAIN.match(key)]
+
+
 def is_plain_resnet(state_dict: Mapping[str, Any]) -> bool:
-    return 'layer1.0.conv1.weight' in state_dict and not any('.se.' in key for key in state_dict)
+    """Whether these are weights of a plain ResNet, of all or some of its blocks, and nothing else."""
+    return _has_blocks(state_dict) and not foreign_keys(state_dict)
 
 
 def _rename(key: str, names: Iterable[Tuple[str, str]]) -> str:
@@ -177,7 +204,7 @@ def from_native_layout(state_dict: Mapping[str, torch.Tensor], layout: Layout) -
 
 
 def _gate_at_zero(gate: nn.Module) -> float:
-    value = float(gate(torch.zeros(1)))
+    value = float(gate(torch.zeros(1, device='cpu')))  # where another device may be the default
     if math.frexp(value)[0] != 0.5:
         raise RuntimeError(
             f"gate_layer {type(gate).__name__} is {value:g} at zero, which is no power of two: attention cannot start "
@@ -208,41 +235,90 @@ def open_gates(attention: Cbam) -> Tuple[Dict[str, torch.Tensor], float]:
     return gates, factor
 
 
-def _warm_start(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, Any]:
+def _drawn(attention: Cbam, device: torch.device) -> Cbam:
+    """Attention of the same kind with weights of its own, for one that has none yet (on the meta device)."""
+    attention = copy.deepcopy(attention).to_empty(device=device)
+    for m in attention.modules():
+        if isinstance(m, (ChannelAttention, SpatialAttention)):
+            m.reset_parameters()
+    return attention
+
+
+def _warm_start(state_dict: Mapping[str, Any], model: nn.Module, assign: bool) -> Dict[str, Any]:
     """Add attention to the weights of a plain ResNet such that the network computes the same, bit for bit.
 
     The gates are those of :func:`open_gates`. The last batch-norm of the block makes up for them: its weight and bias
-    are multiplied by the factor.
+    are multiplied by the factor. Blocks of which the state dict has not the whole branch stay as they are.
+
+    Args:
+        state_dict: Weights of a plain ResNet, of all or some of its blocks.
+        model: Model with attention.
+        assign: Whether the model takes the tensors themselves, so that gates must have the device and dtype of the
+            block's other weights.
     """
-    stem, own_stem = state_dict.get('conv1.weight'), getattr(model.conv1, 'weight', None)
+    stem, own_stem = state_dict.get('conv1.weight'), getattr(getattr(model, 'conv1', None), 'weight', None)
     if stem is not None and own_stem is not None and stem.shape[2:] != own_stem.shape[2:]:
         raise RuntimeError(
             f'The state dict is that of a plain ResNet whose stem is a {stem.shape[2]}x{stem.shape[3]} convolution, '
             f'the model has a {own_stem.shape[2]}x{own_stem.shape[3]} one. Load it into a model with the same stem '
             f"(without '_s1' in its name).")
     out = dict(state_dict)
+    started = False
     for name, block in model.named_modules():
         attention = getattr(block, 'se', None)
         if not isinstance(attention, Cbam):
+            continue
+        branch = [f'{name}.{k}' for k, _ in block.named_parameters() if not k.startswith(('se.', 'downsample.'))]
+        if not all(key in out for key in branch):
             continue
         norm_name = 'bn3' if hasattr(block, 'bn3') else 'bn2'
         if getattr(block, norm_name).weight is None:
             raise RuntimeError(
                 f'{name}.{norm_name} has no weight, which would have to make up for the gates: the weights of a plain '
                 f'ResNet cannot be continued exactly. Choose a norm_layer with an affine part.')
+        like = out[f'{name}.conv1.weight']
+        if assign and any(p.is_meta for p in attention.parameters()):
+            attention = _drawn(attention, like.device)
         gates, factor = open_gates(attention)
-        out.update({f'{name}.se.{key}': value for key, value in gates.items()})
+        for key, value in gates.items():
+            if assign:
+                value = value.to(like.device, like.dtype if value.is_floating_point() else value.dtype)
+            out[f'{name}.se.{key}'] = value
         for key in (f'{name}.{norm_name}.weight', f'{name}.{norm_name}.bias'):
             if key in out:
                 out[key] = out[key] * factor
-    _logger.info('Weights of a plain ResNet: attention starts such that the network computes the same.')
+        started = True
+    if started:
+        _logger.info('Weights of a plain ResNet: attention starts such that the network computes the same.')
     return out
 
 
-def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Mapping[str, Any]:
+def adapt_state_dict(state_dict: Mapping[str, Any], model: nn.Module, assign: bool = False) -> Mapping[str, Any]:
     """Bring a state dict of any known layout, or of a plain ResNet, into the model's; others stay as they are."""
     state_dict = to_native_layout(state_dict)
-    return _warm_start(state_dict, model) if is_plain_resnet(state_dict) else state_dict
+    return _warm_start(state_dict, model, assign) if is_plain_resnet(state_dict) else state_dict
+
+
+def adapt_on_load(
+        model: nn.Module,
+        state_dict: Dict[str, Any],
+        prefix: str,
+        local_metadata: Dict[str, Any],
+        *args: Any,
+) -> None:
+    """:func:`adapt_state_dict` as a hook for `register_load_state_dict_pre_hook`, which is called at any depth.
+
+    What it changes is the copy of the caller's dict that PyTorch has made for this.
+    """
+    own = {k[len(prefix):]: v for k, v in state_dict.items() if k.startswith(prefix)}
+    if find_layout(own) is None and not _has_own_attention(own) and _has_blocks(own) and not is_plain_resnet(own):
+        # strict=False raises nothing where attention is lost
+        _logger.warning(f'{describe_layout(own)} Attention stays as it is.')
+    adapted = adapt_state_dict(own, model, assign=local_metadata.get('assign_to_params_buffers', False))
+    if adapted is not own:
+        for key in own:
+            del state_dict[prefix + key]
+        state_dict.update({prefix + key: value for key, value in adapted.items()})
 
 
 def convert_state_dict(state_dict: Mapping[str, Any], model: nn.Module) -> Dict[str, torch.Tensor]:
