@@ -28,8 +28,9 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from . import fusion
+from .files import read_checkpoint
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .weights import adapt_on_load, convert_state_dict, describe_layout
+from .weights import adapt_on_load, convert_state_dict, explain_misfit, find_weights
 
 __all__ = ['CbamResNet', 'CbamBasicBlock', 'CbamBottleneck']  # register_model adds each entrypoint fn to this
 
@@ -187,17 +188,33 @@ class CbamResNet(ResNet):
         except RuntimeError as e:
             if not str(e).startswith('Error(s) in loading'):
                 raise
-            raise RuntimeError(f'{e}\n\t{describe_layout(state_dict)}') from None
+            raise RuntimeError(f'{e}\n\t{explain_misfit(find_weights(state_dict, self), self)}') from None
+
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load a file that timm hands to its model, as it does with NumPy's suffixes.
+
+        Raises:
+            ValueError: If it holds no weights that can be read; says what it is and what to do.
+            RuntimeError: If they do not fit.
+        """
+        self.load_state_dict(read_checkpoint(checkpoint_path))
 
 
 def _create_cbam_resnet(variant: str, pretrained: bool = False, **kwargs) -> CbamResNet:
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    file = overlay.get('file') if pretrained and not overlay.get('custom_load') else None
+    if file:
+        overlay['state_dict'] = read_checkpoint(file)  # more kinds than timm reads, and errors that say what it is
     model = build_model_with_cfg(
         CbamResNet,
         variant,
         pretrained,
         pretrained_filter_fn=convert_state_dict,
+        pretrained_cfg_overlay=overlay,
         **kwargs,
     )
+    if file:
+        model.pretrained_cfg.pop('state_dict', None)
     if not any(isinstance(m, CbamResNet) for m in model.modules()):  # features_only=True takes the parts out of it
         model.register_load_state_dict_pre_hook(adapt_on_load)
     return model

@@ -85,7 +85,9 @@ def _demo(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from .convert import convert
 
-    convert(args.src, args.dst, model_name=args.model, to=args.to, verify=args.verify)
+    convert(
+        args.src, args.dst, model_name=args.model, to=args.to, verify=args.verify, prefix=args.prefix,
+        spatial_order=args.spatial_order)
 
 
 def _explain(args: argparse.Namespace) -> None:
@@ -126,13 +128,21 @@ def _create_parser() -> argparse.ArgumentParser:
         description='Recognise layout, depth, stem, arguments and number of classes of a checkpoint, and write it as a '
         'folder in the format of the Hugging Face Hub, which timm loads as local-dir:DST. With --to, write a '
         'checkpoint for other CBAM code.')
-    command.add_argument('src', metavar='SRC', help='checkpoint: .pth, .pth.tar, .bin or .safetensors')
+    command.add_argument(
+        'src', metavar='SRC', help='checkpoint, or a folder with one (of the Hub, HF Trainer, accelerate)')
     command.add_argument('dst', metavar='DST', help='folder to write, a former one is replaced; with --to a new file')
     command.add_argument('--model', type=_model_name, help='model that SRC is meant for, None to recognise it')
     command.add_argument(
-        '--to', choices=('article', 'community', 'official', 'pytorchcv'),
-        help='write a checkpoint for the code of the reproduction article, luuuyi/CBAM.PyTorch, '
-        'Jongchan/attention-module (the authors) or pytorchcv')
+        '--to', choices=('article', 'channelattention', 'community', 'community_fc1', 'official', 'pytorchcv'),
+        help='write a checkpoint for the code of the reproduction article, cbam_block (channelattention, '
+        'spatialattention), luuuyi/CBAM.PyTorch or its copies with ca.fc1, Jongchan/attention-module (the authors) or '
+        'pytorchcv')
+    command.add_argument(
+        '--prefix', help='which weights to take from a checkpoint of several networks: keys of containers and what '
+        'names begin with, joined by dots, as in teacher.backbone.')
+    command.add_argument(
+        '--spatial-order', choices=('avg-max', 'max-avg'),
+        help='what the spatial attention of SRC concatenates (default: as the code does that has such names)')
     command.add_argument(
         '--verify', action='store_true',
         help='compute a noise image with the checkpoint, by the rules of its own code, and with what was written')
