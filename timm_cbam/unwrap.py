@@ -123,7 +123,12 @@ def _candidates(checkpoint: Mapping[Any, Any]) -> List[_Candidate]:
     return found
 
 
-def _choose(candidates: List[_Candidate], fits: Callable[[Mapping], bool], prefix: Optional[str]) -> List[_Candidate]:
+def _choose(
+        candidates: List[_Candidate],
+        own_names: Collection[str],
+        fits: Callable[[Weights], bool],
+        prefix: Optional[str],
+) -> List[_Candidate]:
     """Those that may be meant, one if it is clear."""
     if prefix is not None:
         wanted = prefix.rstrip('.')
@@ -136,7 +141,7 @@ def _choose(candidates: List[_Candidate], fits: Callable[[Mapping], bool], prefi
     whole = [id(c.container) for c in candidates if not c.prefix]
     candidates = [c for c in candidates if not c.prefix or id(c.container) not in whole]
     if len(candidates) > 1:
-        candidates = [c for c in candidates if fits(_under(c))] or candidates
+        candidates = [c for c in candidates if fits(_clean(Weights(_under(c)), own_names))] or candidates
     first = min((c.rank for c in candidates), default=0)
     return [c for c in candidates if c.rank == first]
 
@@ -216,10 +221,20 @@ def _fold(weights: Weights, own_names: Collection[str]) -> None:
         weights.notes.append(f'{what.capitalize()}, computed as there: {shorten(keys, 3)}')
 
 
+def _clean(weights: Weights, own_names: Collection[str]) -> Weights:
+    """Take away and compute what is no weight of a network, or not yet."""
+    weights.rename(lambda key: key if key in own_names else _WRAPPERS.sub('', key))
+    foreign = [key for key in weights.values if key not in own_names]
+    weights.drop([key for key in foreign if _STRAYS.fullmatch(key)], 'No weights, dropped')
+    _to_tensors(weights, own_names)
+    _fold(weights, own_names)
+    return weights
+
+
 def unwrap(
         checkpoint: Mapping[Any, Any],
         own_names: Collection[str] = (),
-        fits: Callable[[Mapping[str, Any]], bool] = lambda state_dict: True,
+        fits: Callable[[Weights], bool] = lambda weights: True,
         prefix: Optional[str] = None,
 ) -> Weights:
     """Find the weights of a ResNet of whatever layout in a checkpoint.
@@ -239,7 +254,7 @@ def unwrap(
     candidates = _candidates(checkpoint)
     if prefix is None and checkpoint and all(key in own_names for key in checkpoint):
         candidates = []  # nothing is around them
-    chosen = _choose(candidates, fits, prefix)
+    chosen = _choose(candidates, own_names, fits, prefix)
     if len(chosen) > 1:
         raise RuntimeError(
             f'There are weights of {len(chosen)} networks: {", ".join(repr(c.name) for c in chosen)}. Choose one: '
@@ -264,9 +279,4 @@ def unwrap(
                 weights.values[name], weights.origin[name] = value, '.'.join((*candidate.path, key))
         elif outside:
             weights.notes.append(f'Not under {prefix!r}, dropped: {shorten(list(outside))}')
-        weights.rename(lambda key: key if key in own_names else _WRAPPERS.sub('', key))
-    foreign = [key for key in weights.values if key not in own_names]
-    weights.drop([key for key in foreign if _STRAYS.fullmatch(key)], 'No weights, dropped')
-    _to_tensors(weights, own_names)
-    _fold(weights, own_names)
-    return weights
+    return _clean(weights, own_names)

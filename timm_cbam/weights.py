@@ -344,8 +344,8 @@ def find_weights(
     """
     own = _own_shapes(model)
 
-    def fits(state_dict: Mapping[str, Any]) -> bool:
-        found = _form(_name(Weights(state_dict), own), own)
+    def fits(weights: Weights) -> bool:
+        found = _form(_name(weights, own), own)
         needed = [
             key for key in own
             if not key.startswith('fc.') and not key.endswith('num_batches_tracked')
