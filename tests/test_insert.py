@@ -245,7 +245,7 @@ def test_nested_and_one_after_the_other():
 
 def test_attributes_are_those_of_the_module():
     model = attended(timm.create_model('convnext_tiny', num_classes=0), ['stages.0', 'stem.0'])
-    assert (model.stem[0].out_channels, model.stem[0].bias.shape) == (96, (96,))
+    assert model.stem[0].out_channels == 96 and not hasattr(model.stem[0], 'bias')
     model.set_grad_checkpointing()
     assert model.stages[0].module.grad_checkpointing and 'grad_checkpointing' not in vars(model.stages[0])
     assert not hasattr(model.stages[0], 'no_such')
@@ -328,7 +328,6 @@ class Odd(nn.Module):
     (dict(where='unused'), 'unused is not called in the forward pass'),
     (dict(where='cbam'), 'cbam has a CBAM already'),
     (dict(where='cbam.spatial.conv'), 'cbam.spatial.conv has a CBAM already, or is a part of one'),
-    (dict(where=['conv', 'wide'], rd_ratio=1 / 32), 'No CBAM after conv: channels=16 are too few for rd_ratio'),
     (dict(where='conv', gate_layer='tanh'), "No CBAM after conv: gate_layer Tanh is 0 at zero.* 'hard_sigmoid'"),
     (dict(where='conv', arrangement='serial'), "No CBAM after conv: Unknown arrangement 'serial'"),
     (dict(where='conv', example=IMAGES[:, :1]), r'Odd fails on the example of shape \(2, 1, 64, 64\).*Pass example='),
@@ -375,3 +374,144 @@ def test_example_leaves_no_trace():
     assert not torch.equal(torch.get_rng_state(), state)  # the first layers of attention are drawn
     for layer, training in ((model.layer1, False), (model.layer2, True)):
         assert {m.training for m in layer[0].bn2.modules()} == {training}
+
+
+def test_narrow_places_have_one_hidden_channel():
+    for kwargs, hidden in (({}, [1, 1, 2]), (dict(rd_ratio=1 / 32), [1, 1, 1]), (dict(rd_channels=3), [3, 3, 3])):
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 16, 3), nn.Conv2d(16, 32, 3))
+        before = copy.deepcopy(model)
+        add_cbam(model, '?', example=IMAGES[:1], **kwargs)
+        assert [m.cbam.channel.fc1.out_channels for m in model] == hidden
+        assert torch.equal(run(model), run(before))
+    with pytest.raises(ValueError, match='rd_ratio=0'):
+        add_cbam(before, '0', example=IMAGES[:1], rd_ratio=0)
+
+
+@pytest.mark.parametrize('order', [list, lambda modules: list(modules)[::-1]], ids=['outer first', 'inner first'])
+def test_what_tools_attach_stays_where_it_was_attached(order):
+    """Counters are buffers (thop), dunder names (calflops, ptflops) or plain attributes, on every module."""
+    model = attended(timm.create_model('convnext_tiny', num_classes=0), ['stages.0', 'stem.0'])
+    modules = order(model.modules())
+    for i, m in enumerate(modules):
+        m.register_buffer('total_ops', torch.tensor(i))
+        m.register_parameter('lora', nn.Parameter(torch.tensor(float(i))))
+        m.__flops__ = m.note = i
+    for i, m in enumerate(modules):
+        assert (m.total_ops.item(), m.lora.item(), m.__flops__, m.note) == (i, i, i, i)
+    for m in modules:
+        del m.total_ops, m.lora, m.__flops__, m.note
+    assert not any(hasattr(m, name) for m in modules for name in ('total_ops', 'lora', '__flops__', 'note'))
+
+
+def test_weights_are_met_once():
+    """By what goes through all modules and looks for weights: torchsummary, the parameter groups of YOLO."""
+    for where in ('stem.0', 'stages.0', None):
+        model = attended(timm.create_model('convnext_tiny', num_classes=0), where)
+        tensors = [p for m in model.modules() for p in (getattr(m, 'weight', None), getattr(m, 'bias', None))]
+        found = [p for p in tensors if isinstance(p, nn.Parameter)]
+        assert len(found) == len(set(found)) > 0
+
+
+@pytest.mark.parametrize('create,prefix', [
+    pytest.param(
+        lambda: torchvision.models.detection.ssd300_vgg16(weights=None, weights_backbone=None), 'backbone.features.',
+        marks=pytest.mark.slow),
+    (lambda: torchvision.models.detection.ssdlite320_mobilenet_v3_large(weights=None, weights_backbone=None),
+     'backbone.'),
+    (lambda: torchvision.models.detection.retinanet_resnet50_fpn(weights=None, weights_backbone=None, min_size=64),
+     'backbone.body.layer'),
+    (lambda: torchvision.models.detection.fasterrcnn_mobilenet_v3_large_320_fpn(weights=None, weights_backbone=None),
+     'backbone.body.'),
+], ids=['ssd', 'ssdlite', 'retinanet', 'fasterrcnn'])
+def test_default_of_detectors_is_their_backbone(create, prefix):
+    places = add_cbam(create(), example=([IMAGES[0]],))
+    assert len(places) >= 4 and all(place.startswith(prefix) for place in places), places
+
+
+class Head(nn.Module):
+    """Stages that are made one after the other, with operations in between, and heads that look at each of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 16, 3), nn.Conv2d(16, 16, 3)
+        self.heads = nn.ModuleList(nn.Conv2d(16, 16, 1) for _ in range(4))
+
+    def forward(self, x):
+        x = F.relu(self.one(x))
+        y = self.two(F.max_pool2d(x, 2) * 2)
+        return [head(z) for head, z in zip(self.heads, (x, y, F.max_pool2d(y, 2), F.max_pool2d(y, 4)), strict=True)]
+
+
+def test_stages_feed_each_other():
+    assert add_cbam(Head(), example=IMAGES[:1]) == ['one', 'two']
+
+
+@pytest.mark.parametrize('create', [
+    lambda: torchvision.models.VisionTransformer(64, 16, num_layers=1, num_heads=2, hidden_dim=32, mlp_dim=32),
+    lambda: nn.Sequential(nn.Conv2d(3, 32, 8, stride=8), nn.Flatten(2), nn.Linear(64, 8)),
+], ids=['vit', 'embedding'])
+def test_an_embedding_is_no_stage(create):
+    with pytest.raises(ValueError, match='has no stages with maps.*Pass where='):
+        add_cbam(create(), example=IMAGES[:1])
+
+
+@pytest.fixture
+def one_process():
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_refused_where_weights_drift_apart(one_process):
+    wrapped = nn.parallel.DistributedDataParallel(handwritten())
+    for model in (wrapped, nn.Sequential(wrapped)):
+        with pytest.raises(ValueError, match='DistributedDataParallel, .*Call add_cbam before wrapping'):
+            add_cbam(model, example=IMAGES[:1])
+    sharded = torch.distributed.fsdp.fully_shard(
+        handwritten(), mesh=torch.distributed.device_mesh.init_device_mesh('cpu', (1,)))
+    with pytest.raises(ValueError, match='FSDPModule, .*Call add_cbam before wrapping'):
+        add_cbam(sharded, example=IMAGES[:1])
+    replica = handwritten()._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match='DataParallel.*Call add_cbam before wrapping'):
+        add_cbam(replica, example=IMAGES[:1])
+    model = handwritten()
+    add_cbam(nn.DataParallel(model), example=IMAGES[:1])  # which copies it anew for every forward pass
+    assert isinstance(model.act1, WithCbam)
+
+
+GRAPHS = {
+    'fx': torch.fx.symbolic_trace,
+    'exported': lambda m: torch.export.export(m, (IMAGES,)).module(),
+    'traced': lambda m: torch.jit.trace(m, IMAGES),
+    'scripted': torch.jit.script,
+}
+
+
+@pytest.mark.parametrize('create', [lambda: timm.create_model('resnet18', layers=(1, 1, 1, 1)), handwritten])
+@pytest.mark.parametrize('graph', GRAPHS)
+def test_no_default_places_in_graphs(graph, create):
+    traced = GRAPHS[graph](create().eval())
+    for model in (traced, nn.Sequential(traced)):
+        with pytest.raises(ValueError, match='graph.*[Cc]all add_cbam before'):
+            add_cbam(model, example=IMAGES)
+
+
+def test_places_in_a_graph():
+    theirs = liven(timm.create_model('resnet18', layers=(1, 1, 1, 1)))
+    graph = torch.fx.symbolic_trace(copy.deepcopy(theirs))  # its modules are those of what was traced
+    assert add_cbam(graph, 'layer?.0.bn2', example=IMAGES[:1]) == [f'layer{i}.0.bn2' for i in range(1, 5)]
+    assert torch.equal(run(graph), run(theirs))
+    for name in ('exported', 'traced', 'scripted'):
+        with pytest.raises(ValueError, match='(?i)not called in the forward pass|no module|graph'):
+            add_cbam(GRAPHS[name](copy.deepcopy(theirs)), 'layer1.0.bn2', example=IMAGES)
+
+
+def test_refused_in_inference_mode():
+    with torch.inference_mode():
+        made = handwritten()
+        with pytest.raises(ValueError, match='inference_mode.*outside'):
+            add_cbam(made, example=IMAGES[:1])
+        with pytest.raises(ValueError, match='inference_mode.*outside'):
+            add_cbam(handwritten(), example=IMAGES[:1])
+    with pytest.raises(ValueError, match='inference_mode.*outside'):
+        add_cbam(made, example=IMAGES[:1])

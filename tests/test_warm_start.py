@@ -1,4 +1,5 @@
 """The weights of a plain ResNet are not lost: the CBAM-ResNet computes the same, bit for bit, and then learns"""
+import copy
 import functools
 import http.server
 import threading
@@ -16,6 +17,7 @@ from safetensors.torch import save_file
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch.nn import functional as F
 
+from timm_cbam import convert_state_dict
 from timm_cbam.ops import native
 
 
@@ -259,3 +261,172 @@ def test_eccv18_classifier_starts_as_in_the_authors_code():
     torch.manual_seed(0)
     fc = timm.create_model('cbam_resnet18_eccv18').fc
     assert not fc.bias.any() and abs(fc.weight.std().item() / (2 / 512) ** 0.5 - 1) < 0.01
+
+
+def gates_of(model):
+    return {k: v for k, v in model.state_dict().items() if '.se.' in k}
+
+
+@pytest.fixture
+def trained():
+    """A model whose attention has learned something."""
+    torch.manual_seed(3)
+    model = timm.create_model('cbam_resnet18')
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    return model.eval()
+
+
+class Nested(torch.nn.Module):
+    def __init__(self, backbone):
+        super().__init__()
+        self.backbone = backbone
+
+    def forward(self, x):
+        return self.backbone(x)
+
+
+# How a model is wrapped, and what the names of its weights are.
+WRAPPERS = {
+    'DataParallel': (torch.nn.DataParallel, 'module.{}'),
+    'compiled': (lambda m: torch.compile(m, backend='eager'), '_orig_mod.{}'),
+    'compiled DataParallel': (
+        lambda m: torch.compile(torch.nn.DataParallel(m), backend='eager'), '_orig_mod.module.{}'),
+    'nested': (Nested, 'backbone.{}'),
+    'nested twice': (lambda m: Nested(torch.nn.DataParallel(Nested(m))), 'backbone.module.backbone.{}'),
+    'Sequential': (lambda m: torch.nn.Sequential(m, torch.nn.Identity()), '0.{}'),
+    'copied': (copy.deepcopy, '{}'),
+}
+
+
+@pytest.mark.parametrize('wrapper', WRAPPERS)
+def test_at_any_depth(wrapper):
+    wrap, name = WRAPPERS[wrapper]
+    theirs, ours = plain(), timm.create_model('cbam_resnet18')
+    wrapped = wrap(ours).eval()
+    result = wrapped.load_state_dict({name.format(k): v for k, v in theirs.state_dict().items()})
+    assert not result.missing_keys and not result.unexpected_keys
+    assert torch.equal(wrapped(images()), theirs(images()))
+
+
+def test_at_any_depth_and_once_only(trained):
+    """A model's own weights come back as they are, from wherever they are loaded."""
+    for wrap, _ in WRAPPERS.values():
+        wrapped = wrap(timm.create_model('cbam_resnet18'))
+        wrapped.load_state_dict(wrap(trained).state_dict())
+        pairs = zip(wrapped.state_dict().values(), trained.state_dict().values(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(feature_cls='dict'), dict(feature_cls='hook'), dict(out_indices=(1, 2), in_chans=1),
+], ids=str)
+def test_features_from_checkpoint_without_classifier(kwargs, tmp_path):
+    """timm's own resnet18 takes such a file, and one with a classifier neither takes."""
+    theirs = plain(in_chans=kwargs.get('in_chans', 3))
+    whole = theirs.state_dict()
+    last = max(kwargs.get('out_indices', (4,)))
+    part = {k: v for k, v in whole.items() if not k.startswith(('fc.', *(f'layer{i}.' for i in range(last + 1, 5))))}
+    if kwargs.get('feature_cls') == 'hook':
+        part = {f'body.{k}': v for k, v in part.items()}
+    torch.save(part, tmp_path / 'part.pth')
+    torch.save(whole, tmp_path / 'whole.pth')
+    ours, timms = (
+        timm.create_model(name, features_only=True, checkpoint_path=tmp_path / 'part.pth', **kwargs).eval()
+        for name in ('cbam_resnet18', 'resnet18'))
+    x = images(chans=kwargs.get('in_chans', 3))
+    features = [list(out.values()) if isinstance(out, dict) else out for out in (ours(x), timms(x))]
+    assert all(torch.equal(a, b) for a, b in zip(*features, strict=True))
+    for name in ('cbam_resnet18', 'resnet18'):
+        with pytest.raises(RuntimeError, match='Unexpected key.*fc.weight'):
+            timm.create_model(name, features_only=True, checkpoint_path=tmp_path / 'whole.pth', **kwargs)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize('kwargs', [{}, dict(cbam_args=dict(spatial_norm=True, mlp_bias=True))], ids=str)
+def test_assigned_to_a_model_without_weights(kwargs, dtype):
+    theirs = plain().to(dtype)
+    with torch.device('meta'):
+        ours = timm.create_model('cbam_resnet18', **kwargs)
+        ours.load_state_dict(theirs.state_dict(), assign=True)
+    tensors = ours.state_dict().values()
+    assert {t.device.type for t in tensors} == {'cpu'}
+    assert {t.dtype for t in tensors if t.is_floating_point()} == {dtype}
+    assert torch.equal(ours.eval()(images().to(dtype)), theirs(images().to(dtype)))
+    assert all(v.any() for k, v in gates_of(ours).items() if k.endswith('channel.fc1.weight'))
+
+
+def test_assigned_in_another_dtype(trained):
+    theirs = plain().bfloat16()
+    trained.load_state_dict(theirs.state_dict(), assign=True)
+    assert torch.equal(trained(images().bfloat16()), theirs(images().bfloat16()))
+
+
+def test_part_of_a_plain_resnet(trained):
+    """Attention starts where the weights of the block are, other blocks keep what they have learned."""
+    before, theirs = copy.deepcopy(trained.state_dict()), plain().state_dict()
+    part = {k: v for k, v in theirs.items() if k.startswith('layer2.')}
+    result = trained.load_state_dict(part, strict=False)
+    assert set(result.missing_keys) == {k for k in before if not k.startswith('layer2.') and 'num_batches' not in k}
+    for key, value in trained.state_dict().items():
+        if not key.startswith('layer2.'):
+            assert torch.equal(value, before[key]), key
+        elif key.endswith(('.fc2.weight', '.spatial.conv.weight')):
+            assert not value.any(), key
+        elif '.se.' not in key:
+            assert torch.equal(value, theirs[key] * (4 if '.bn2.' in key and key.endswith(('weight', 'bias')) else 1))
+    with pytest.raises(RuntimeError, match='Missing key.*layer1.0.se.channel.fc1.weight'):
+        trained.load_state_dict(part)
+
+
+@pytest.mark.parametrize('chosen', [
+    lambda k: '.bn' in k or k.startswith('bn1'),  # statistics of another domain
+    lambda k: 'bn' not in k,
+    lambda k: '.conv' in k,
+    lambda k: k.startswith(('conv1', 'bn1', 'fc')),
+], ids=['norms', 'no norms', 'convolutions', 'stem and head'])
+def test_part_without_whole_branches_is_loaded_as_it_is(chosen, trained):
+    before, theirs = copy.deepcopy(trained.state_dict()), plain().state_dict()
+    trained.load_state_dict({k: v for k, v in theirs.items() if chosen(k)}, strict=False)
+    for key, value in trained.state_dict().items():
+        assert torch.equal(value, theirs[key] if key in theirs and chosen(key) else before[key]), key
+
+
+@pytest.mark.parametrize('left_out', [
+    'layer3.1.se.', 'layer1.0.se.channel.', 'layer4.1.se.spatial.conv.weight', 'layer1.', 'fc.',
+])
+def test_part_of_a_cbam_resnet_is_loaded_as_it_is(left_out, trained):
+    model = timm.create_model('cbam_resnet18')
+    before = copy.deepcopy(model.state_dict())
+    part = {k: v for k, v in trained.state_dict().items() if not k.startswith(left_out)}
+    result = model.load_state_dict(part, strict=False)
+    assert result.missing_keys == [k for k in before if k.startswith(left_out) and 'num_batches' not in k]
+    assert all(torch.equal(v, part.get(k, before[k])) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize('key,named', [
+    ('layer1.0.cbam.gate.weight', 'attention of a layout that is not known: layer1.0.cbam.gate.weight'),
+    ('layer4.1.attn.conv.weight', 'attention of a layout that is not known: layer4.1.attn.conv.weight'),
+    ('layer2.0.se.conv.weight', 'attention of a layout that is not known: layer2.0.se.conv.weight'),
+    ('gate1.conv.weight', 'more in it than a ResNet has: gate1.conv.weight'),
+])
+def test_unknown_attention_is_not_dropped(key, named, trained, caplog):
+    theirs = dict(plain().state_dict(), **{key: torch.zeros(1)})
+    before = copy.deepcopy(gates_of(trained))
+    result = trained.load_state_dict(theirs, strict=False)
+    assert result.unexpected_keys == [key] and set(before) <= set(result.missing_keys)
+    assert all(torch.equal(v, before[k]) for k, v in gates_of(trained).items())
+    assert named in caplog.text and 'Attention stays as it is' in caplog.text
+    for load in (trained.load_state_dict, lambda state_dict: convert_state_dict(state_dict, trained)):
+        with pytest.raises(RuntimeError, match=named):
+            load(theirs)
+
+
+@pytest.mark.parametrize('head', ['head.fc', 'classifier', 'projector.0', 'fc.1'])
+def test_body_of_a_resnet_with_another_head(head, trained):
+    theirs = plain()
+    state_dict = {k.replace('fc.', f'{head}.') if k.startswith('fc.') else k: v for k, v in theirs.state_dict().items()}
+    result = trained.load_state_dict(state_dict, strict=False)
+    assert result.missing_keys == ['fc.weight', 'fc.bias']
+    assert result.unexpected_keys == [f'{head}.weight', f'{head}.bias']
+    assert torch.equal(trained.forward_features(images()), theirs.forward_features(images()))

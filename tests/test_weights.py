@@ -116,4 +116,4 @@ def test_checkpoint_without_batch_counters():
 def test_wrong_state_dict(load, other, message):
     with pytest.raises(RuntimeError, match=f'(?is){message}') as e:
         load(timm.create_model('cbam_resnet18'), other())
-    assert re.search('(?i)(missing|left over|unexpected).*layer', str(e.value))
+    assert re.search('(?i)(missing|left over|unexpected).*(layer|stage)', str(e.value))

@@ -28,8 +28,9 @@ from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import nn
 
 from . import fusion
+from .files import read_checkpoint
 from .layers import Cbam, ChannelAttention, SpatialAttention
-from .weights import adapt_state_dict, convert_state_dict, describe_layout
+from .weights import adapt_on_load, convert_state_dict, explain_misfit, find_weights
 
 __all__ = ['CbamResNet', 'CbamBasicBlock', 'CbamBottleneck']  # register_model adds each entrypoint fn to this
 
@@ -164,6 +165,7 @@ class CbamResNet(ResNet):
             self.maxpool = nn.Identity()
             for info, stem_stride in zip(self.feature_info, (2, 4, 4, 4, 4), strict=True):
                 info['reduction'] //= stem_stride
+        self.register_load_state_dict_pre_hook(adapt_on_load)
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
@@ -183,24 +185,46 @@ class CbamResNet(ResNet):
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False):
         """Load a state dict of this model, or any that :func:`timm_cbam.convert_state_dict` knows, plain ResNets' too.
 
+        Conversion is a hook's, which is called in models that this one is a part of, too; here an error gets a reason.
+
         Raises:
             RuntimeError: If the state dict does not fit (strict); says which layout it looks like.
         """
-        native = adapt_state_dict(state_dict, self)
         try:
-            return super().load_state_dict(native, strict=strict, assign=assign)
+            return super().load_state_dict(state_dict, strict=strict, assign=assign)
         except RuntimeError as e:
-            raise RuntimeError(f'{e}\n\t{describe_layout(state_dict)}') from None
+            if not str(e).startswith('Error(s) in loading'):
+                raise
+            raise RuntimeError(f'{e}\n\t{explain_misfit(find_weights(state_dict, self), self)}') from None
+
+    def load_pretrained(self, checkpoint_path: str, prefix: str = '') -> None:
+        """Load a file that timm hands to its model, as it does with NumPy's suffixes.
+
+        Raises:
+            ValueError: If it holds no weights that can be read; says what it is and what to do.
+            RuntimeError: If they do not fit.
+        """
+        self.load_state_dict(read_checkpoint(checkpoint_path))
 
 
 def _create_cbam_resnet(variant: str, pretrained: bool = False, **kwargs) -> CbamResNet:
-    return build_model_with_cfg(
+    overlay = dict(kwargs.pop('pretrained_cfg_overlay', None) or {})
+    file = overlay.get('file') if pretrained and not overlay.get('custom_load') else None
+    if file:
+        overlay['state_dict'] = read_checkpoint(file)  # more kinds than timm reads, and errors that say what it is
+    model = build_model_with_cfg(
         CbamResNet,
         variant,
         pretrained,
         pretrained_filter_fn=convert_state_dict,
+        pretrained_cfg_overlay=overlay,
         **kwargs,
     )
+    if file:
+        model.pretrained_cfg.pop('state_dict', None)
+    if not any(isinstance(m, CbamResNet) for m in model.modules()):  # features_only=True takes the parts out of it
+        model.register_load_state_dict_pre_hook(adapt_on_load)
+    return model
 
 
 def _cfg(url: str = '', **kwargs) -> Dict[str, Any]:

@@ -149,7 +149,9 @@ def _demo(args: argparse.Namespace) -> None:
 def _convert(args: argparse.Namespace) -> None:
     from .convert import convert
 
-    convert(args.src, args.dst, model_name=args.model, to=args.to, verify=args.verify)
+    convert(
+        args.src, args.dst, model_name=args.model, to=args.to, verify=args.verify, prefix=args.prefix,
+        spatial_order=args.spatial_order)
 
 
 def _explain(args: argparse.Namespace) -> None:
@@ -200,13 +202,21 @@ def _create_parser() -> argparse.ArgumentParser:
         description='Convert a checkpoint to a folder, for timm.create_model("local-dir:DST", pretrained=True) and the '
         'Hugging Face Hub. Which code it is of, depth and arguments of the network are found out from the weights. '
         'With --to, convert it to a checkpoint for other CBAM code instead.')
-    command.add_argument('src', metavar='SRC', help='checkpoint file: .pth, .pth.tar, .bin or .safetensors')
+    command.add_argument(
+        'src', metavar='SRC', help='checkpoint, or a folder with one (of the Hub, HF Trainer, accelerate)')
     command.add_argument('dst', metavar='DST', help='output folder (replaced if it exists), with --to a new file')
     command.add_argument('--model', type=_model_name, help='model that SRC is for (default: found out from SRC)')
     command.add_argument(
-        '--to', choices=('article', 'community', 'official', 'pytorchcv'),
-        help='write a checkpoint for this code: of the reproduction article, luuuyi/CBAM.PyTorch (community), '
-        'Jongchan/attention-module (official, by the authors of CBAM) or pytorchcv')
+        '--to', choices=('article', 'channelattention', 'community', 'community_fc1', 'official', 'pytorchcv'),
+        help='write a checkpoint for this code: of the reproduction article, with cbam_block.channelattention, '
+        'luuuyi/CBAM.PyTorch (community) or its copies with ca.fc1, Jongchan/attention-module (official, by the '
+        'authors of CBAM) or pytorchcv')
+    command.add_argument(
+        '--prefix', help='which weights to take from a checkpoint of several networks: keys of containers and what '
+        'names begin with, joined by dots, as in teacher.backbone.')
+    command.add_argument(
+        '--spatial-order', choices=('avg-max', 'max-avg'),
+        help='what the spatial attention of SRC concatenates (default: as the code does that has such names)')
     command.add_argument(
         '--verify', action='store_true',
         help='check that original and converted weights give the same output')

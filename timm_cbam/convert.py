@@ -4,65 +4,39 @@ What a checkpoint is follows from the names and shapes of its weights alone, see
 """
 import functools
 import re
-import zipfile
 from pathlib import Path
-from typing import Any, Dict, Mapping, Optional, Tuple, Union
+from typing import Any, Dict, List, Mapping, Optional, Tuple, Union
 
 import torch
 from timm import create_model
-from timm.models import list_models, load_state_dict
+from timm.models import list_models
 from torch import nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .files import read_checkpoint
 from .hub import model_card, read_config, save_model, staged_file, staged_folder
-from .weights import (
-    LAYOUTS,
-    convert_state_dict,
-    find_layout,
-    from_native_layout,
-    is_plain_resnet,
-    rename_keys,
-    to_native_layout,
-    unwrap,
-)
+from .weights import LAYOUTS, Found, find_weights, fit_weights, from_native_layout, name_weights
 
 __all__ = ['convert']
 
 _BASES = ('resnet18', 'resnet34', 'resnet50', 'resnet101', 'resnet152')  # whose CBAM-ResNets the other code has
 _STEMS = ('conv1.weight', 'conv1.0.weight')  # where the input channels show
 _DIMENSIONS = {r'(^conv1(\.0)?|\.se\.channel\.fc1|\.se\.spatial\.conv)\.weight$': 4, r'^fc\.weight$': 2}
+_COMMUNITY = ('community', 'community_fc1', 'channelattention')
 _TOLERANCE = 1e-9  # of logits in float64, relative to the largest
 
 
-def _read(file: Path) -> Mapping[str, torch.Tensor]:
-    """Read the weights of a checkpoint without trusting it.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it is damaged, holds anything but weights by name, or claims more than there is in it.
-    """
-    if not file.is_file():
-        raise FileNotFoundError(f'{file} is no file.')
+def _find(checkpoint: Mapping[Any, Any], src: Path, prefix: Optional[str], max_first: Optional[bool]) -> Found:
     try:
-        if file.suffix != '.safetensors' and zipfile.is_zipfile(file):
-            with zipfile.ZipFile(file) as archive:
-                if sum(member.file_size for member in archive.infolist()) > file.stat().st_size:
-                    raise ValueError('it is compressed, which checkpoints are not; unpack an archive first')
-        state_dict = unwrap(load_state_dict(str(file)))
-    except Exception as e:  # what the unpickler raises on hostile files is open-ended
+        found = find_weights(checkpoint, prefix=prefix, max_first=max_first)
+    except RuntimeError as e:
+        raise RuntimeError(f'{src}: {e}') from None
+    if not found.values:
         raise ValueError(
-            f'{file} cannot be read as weights: {type(e).__name__}: {str(e).splitlines()[0] if str(e) else ""}\n'
-            f'It is damaged, or holds more than tensors and plain values, which is refused because it could run code. '
-            f'If you trust where it comes from, save its state_dict alone with torch.save.') from e
-    for key, value in state_dict.items():
-        if not isinstance(value, torch.Tensor):
-            raise ValueError(
-                f'{file} holds no weights by name: {key!r} is a {type(value).__name__}. Expected a state_dict, or a '
-                f"training checkpoint with one under 'state_dict' or 'model'.")
-        if value.layout != torch.strided or value.numel() * value.itemsize > value.untyped_storage().nbytes():
-            raise ValueError(f'{file} is damaged: {key} claims shape {tuple(value.shape)}, more than there is in it.')
-    return state_dict
+            f'{src} holds no weights by name, it has {", ".join(map(repr, list(checkpoint)[:4]))}. Save them with '
+            f'torch.save(model.state_dict(), ...).')
+    return found
 
 
 def _infer_cbam_args(state_dict: Mapping[str, torch.Tensor]) -> Dict[str, Any]:
@@ -129,16 +103,17 @@ def _check_dimensions(state_dict: Mapping[str, torch.Tensor], source: str) -> No
                     f'{source} is damaged: {key} has shape {tuple(value.shape)}, expected {dimensions} dimensions.')
 
 
-def _build(state_dict: Mapping[str, torch.Tensor], model_name: Optional[str], source: str) -> Tuple[nn.Module, Dict]:
+def _build(found: Found, model_name: Optional[str], source: str) -> Tuple[nn.Module, Dict]:
     """Create the model of a checkpoint with its weights; also returns the arguments that it was created with."""
-    native = to_native_layout(state_dict)
+    native = found.values
     _check_dimensions(native, source)
     model_name, model_args = _infer_model(native, model_name)
     classifier = native.get('fc.weight')
     # neither origin nor license nor paper of the model's default weights are those of the checkpoint
     cfg = dict.fromkeys(('url', 'hf_hub_id', 'license', 'origin_url', 'paper_ids', 'paper_name', 'notes'))
-    cfg.update(tag='converted', description=f'Converted from {source}, {_describe(state_dict)}.')
-    if find_layout(state_dict) is LAYOUTS['community']:  # its models have a default cfg of timm's weights, not this
+    cfg.update(tag='converted', description=f'Converted from {source}, {found.describe()}.')
+    if found.layout is not None and found.layout.name in {LAYOUTS[key].name for key in _COMMUNITY}:
+        # its models have a default cfg of timm's weights, not this
         cfg.update(crop_pct=0.875, interpolation='bilinear', test_input_size=None, test_crop_pct=None)
     try:
         with torch.random.fork_rng():  # a plain ResNet's gates are drawn: the same every time
@@ -149,18 +124,32 @@ def _build(state_dict: Mapping[str, torch.Tensor], model_name: Optional[str], so
                 pretrained_cfg_overlay=cfg,
                 **model_args,
             )
-        convert_state_dict(state_dict, model)  # whose errors are shorter where names differ
-        model.load_state_dict(state_dict)
+        weights, own = fit_weights(found, model), model.state_dict()
+        different = [
+            f'size mismatch for {found.weights.theirs(k)}: {tuple(v.shape)}, in the model {tuple(own[k].shape)}'
+            for k, v in weights.items() if k in own and v.shape != own[k].shape]
+        if different:
+            sizes = '\n\t'.join(('The state dict has other sizes.', *different[:8]))
+            raise RuntimeError(f'{sizes}\n{found.explain()}')
+        model.load_state_dict(weights)
     except RuntimeError as e:
         raise RuntimeError(f'{source} comes closest to {model_name}, but does not fit it.\n{e}') from None
     return model.eval(), model_args
 
 
-def _describe(state_dict: Mapping[str, torch.Tensor]) -> str:
-    layout = find_layout(state_dict)
-    if layout is not None:
-        return f'a checkpoint of {layout.name}'
-    return 'a plain ResNet' if is_plain_resnet(state_dict) else "a checkpoint in this package's own layout"
+def _assumed(found: Found, model: nn.Module, max_first: Optional[bool]) -> List[str]:
+    """What names and shapes cannot show, and was taken for granted."""
+    assumed = []
+    if 'layer1.0.conv3.weight' in found.values and not _is_own(found):
+        assumed.append('blocks stride in their 3x3 convolution, as those of timm and torchvision do')
+    if found.layout is not None and not found.is_plain and max_first is None:
+        order = 'the maximum before the average' if found.layout.max_first else 'the average before the maximum'
+        assumed.append(f'the spatial attention has {order} (--spatial-order says otherwise)')
+    return assumed
+
+
+def _is_own(found: Found) -> bool:
+    return found.layout is None and not found.is_plain
 
 
 def _export(model: nn.Module, model_args: Dict[str, Any], to: str) -> Dict[str, Any]:
@@ -178,22 +167,24 @@ def _export(model: nn.Module, model_args: Dict[str, Any], to: str) -> Dict[str, 
     return state_dict
 
 
-def _reference_logits(state_dict: Mapping[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+def _reference_logits(found: Found, x: torch.Tensor, max_first: Optional[bool] = None) -> torch.Tensor:
     """Logits of a checkpoint in any layout, by the rules of the code that it was made for and without ours.
 
     Only the names are brought into order. The MLP is applied to either pooling, and the spatial attention concatenates
     as the checkpoint's code does.
     """
-    layout = find_layout(state_dict)
-    w = {k: v.to(x.dtype) for k, v in rename_keys(state_dict).items()}
+    if max_first is None:
+        max_first = found.layout is not None and found.layout.max_first
+    w = {k: v.to(x.dtype) for k, v in found.values.items()}
 
     def norm(x: torch.Tensor, name: str) -> torch.Tensor:
         return F.batch_norm(
             x, w[f'{name}.running_mean'], w[f'{name}.running_var'], w[f'{name}.weight'], w[f'{name}.bias'])
 
     def conv(x: torch.Tensor, name: str, stride: int = 1) -> torch.Tensor:
-        weight = w[f'{name}.weight']
-        return F.conv2d(x, weight, stride=stride, padding=weight.shape[2] // 2, groups=x.shape[1] // weight.shape[1])
+        weight, bias = w[f'{name}.weight'], w.get(f'{name}.bias')
+        groups = x.shape[1] // weight.shape[1]
+        return F.conv2d(x, weight, bias, stride=stride, padding=weight.shape[2] // 2, groups=groups)
 
     def mlp(x: torch.Tensor, name: str) -> torch.Tensor:
         for i in (1, 2):
@@ -207,7 +198,7 @@ def _reference_logits(state_dict: Mapping[str, torch.Tensor], x: torch.Tensor) -
             x = x * gate.sigmoid()[:, :, None, None]
         if f'{name}.spatial.conv.weight' in w:
             pooled = [x.mean(1, keepdim=True), x.amax(1, keepdim=True)]
-            gate = conv(torch.cat(pooled[::-1] if layout and layout.max_first else pooled, 1), f'{name}.spatial.conv')
+            gate = conv(torch.cat(pooled[::-1] if max_first else pooled, 1), f'{name}.spatial.conv')
             gate = norm(gate, f'{name}.spatial.bn') if f'{name}.spatial.bn.weight' in w else gate
             x = x * gate.sigmoid()
         return x
@@ -262,6 +253,8 @@ def convert(
         model_name: Optional[str] = None,
         to: Optional[str] = None,
         verify: bool = False,
+        prefix: Optional[str] = None,
+        spatial_order: Optional[str] = None,
 ) -> None:
     """Convert a checkpoint of any CBAM-ResNet layout, or of a plain ResNet, to a folder in the Hub's format, or back.
 
@@ -271,22 +264,29 @@ def convert(
     resnetblur50) is taken to be the paper's.
 
     Args:
-        src: Checkpoint, .pth, .pth.tar, .bin or .safetensors.
+        src: Checkpoint, or a folder with one, of whatever name.
         dst: Folder to write; appears whole or not at all, a former model folder is replaced. With `to`, a new file.
         model_name: Model that the checkpoint is meant for. Recognised from names and shapes if None.
-        to: Write a checkpoint for other code instead: 'article', 'community' (luuuyi/CBAM.PyTorch), 'official'
-            (Jongchan/attention-module) or 'pytorchcv'.
+        to: Write a checkpoint for other code instead, one of the layouts in weights.py: 'article', 'community'
+            (luuuyi/CBAM.PyTorch), 'official' (Jongchan/attention-module), 'pytorchcv', ...
         verify: Compute a noise image in float64 with the checkpoint, by the rules of its own code, and with what was
             written, and print both.
+        prefix: Which weights to take from a checkpoint of several networks: keys of containers, and what the names of
+            the network's weights begin with, joined by dots.
+        spatial_order: 'avg-max' or 'max-avg', what the checkpoint's spatial attention concatenates. As the code does
+            that has such names, if None.
 
     Raises:
         FileNotFoundError: If there is no src.
         FileExistsError: If something that is not replaced is at dst.
-        ValueError: If src is damaged or holds more than weights.
+        ValueError: If src is damaged or something else than weights; says what it is and what to do.
         RuntimeError: If src fits no model, or not the code it shall be written for; says what it looks like, what is
-            missing and what is left over.
+            missing and what is left over. If it is not clear which weights are meant.
     """
     src, dst = Path(src), Path(dst)
+    if spatial_order not in (None, 'avg-max', 'max-avg'):
+        raise ValueError(f"spatial_order={spatial_order!r} must be 'avg-max' or 'max-avg'.")
+    max_first = None if spatial_order is None else spatial_order == 'max-avg'
     with tqdm(total=4 if verify else 3, bar_format='{desc:<24} {bar} {n_fmt}/{total_fmt} {elapsed}') as progress:
         def step(name: str, done: int = 1) -> None:
             progress.set_description_str(name, refresh=False)
@@ -294,17 +294,18 @@ def convert(
             progress.refresh()
 
         step(f'read {src.name}', 0)
-        state_dict = _read(src)
+        checkpoint = read_checkpoint(src)
+        found = _find(checkpoint, src, prefix, max_first)
         step('convert')
-        model, model_args = _build(state_dict, model_name, src.name)
+        model, model_args = _build(found, model_name, src.name)
         name = model.pretrained_cfg['architecture']
-        checkpoint = _export(model, model_args, to) if to else None
+        exported = _export(model, model_args, to) if to else None
         step(f'write {dst.name}')
         img_size = model.pretrained_cfg['input_size'][1:]
         x = torch.randn(1, model.in_chans, *img_size, generator=torch.Generator().manual_seed(0)).double()
         with torch.inference_mode(), staged_file(dst) if to else staged_folder(dst) as staged:
             if to:
-                torch.save(checkpoint, staged)
+                torch.save(exported, staged)
             else:
                 save_model(model, staged, model_args=model_args)
                 config, description = read_config(staged), model.pretrained_cfg['description']
@@ -312,13 +313,17 @@ def convert(
                 (staged / 'README.md').write_text(card)
             if verify:
                 step('verify')
-                expected = _reference_logits(state_dict, x)
+                expected = _reference_logits(name_weights(checkpoint, prefix), x, max_first)
                 if to:
-                    actual = _reference_logits(_read(staged), x)
+                    actual = _reference_logits(name_weights(read_checkpoint(staged)), x)
                 else:
                     actual = create_model(f'local-dir:{staged}', pretrained=True).double().eval()(x)
                 progress.clear()
                 _compare(expected, actual, src, dst.name)
         step('done')
-    print(f'{src}: {_describe(state_dict)}: {name}, {model.num_classes} classes, {model_args or "default arguments"}')
+    print(f'{src}: {found.describe()}: {name}, {model.num_classes} classes, {model_args or "default arguments"}')
+    for note in found.weights.notes:
+        print(note)
+    for assumed in _assumed(found, model, max_first):
+        print(f'assumed, because names cannot show it: {assumed}')
     print(f'{dst}' if to else f"timm.create_model('local-dir:{dst}', pretrained=True)")

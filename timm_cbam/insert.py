@@ -5,13 +5,16 @@ as before and attention learns from the first step on; :func:`remove_cbam` takes
 """
 import re
 from collections import Counter
+from contextlib import nullcontext
 from fnmatch import fnmatchcase
-from typing import Any, Callable, Dict, Final, Iterable, List, NamedTuple, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Final, FrozenSet, Iterable, List, NamedTuple, Optional, Set, Tuple, Union
 
 import torch
 from timm.layers import BatchNormAct2d, ConvNormAct, GroupNorm, GroupNorm1, LayerNorm2d
 from timm.layers.cbam import CbamModule, LightCbamModule
 from torch import nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
 from torchvision.models.regnet import ResBottleneckBlock
 
 from .layers import Cbam
@@ -38,8 +41,9 @@ class WithCbam(nn.Module):
     ``F = module(x)``, ``y = scale * Cbam(F)``. The scale is 1 where the module's own weight and bias have been
     multiplied by `folded`, which makes up for the gates of 1/2 that attention starts with.
 
-    What is read from or set on it and is not its own is the module's, for code that looks at `weight`, `out_channels`
-    or `grad_checkpointing`.
+    What the module was made with (`out_channels`, `grad_checkpointing`, its parts and methods) is read and set through
+    either of them, for code that looks at it. Its weights are the module's alone, so that nobody who goes through all
+    modules meets them twice, and what is attached later belongs to the one that it was attached to.
 
     Shape:
         - Input: that of the module
@@ -60,7 +64,10 @@ class WithCbam(nn.Module):
         self.scale = scale
         self.folded = folded
         self.cbam = cbam.train(module.training)
-        self.module = module  # last, from here on attributes are the module's
+        self.module = module
+        made_with = (*vars(module), *module._modules)
+        # underscores are PyTorch's and other tools'; last, from here on these attributes are the module's
+        self.shared = tuple(name for name in made_with if name[0] != '_' and not hasattr(self, name))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.cbam(self.module(x))
@@ -68,18 +75,21 @@ class WithCbam(nn.Module):
             x = x * self.scale
         return x
 
+    def _is_shared(self, name: str) -> bool:
+        # before it is unpickled or copied there is nothing yet
+        module = self.__dict__.get('_modules', {}).get('module')
+        return name in self.__dict__.get('shared', ()) or (name[0] != '_' and hasattr(type(module), name))
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            # before it is unpickled or copied there is no module yet, and protocols like __deepcopy__ are per object
-            if name.startswith('__') or 'module' not in self.__dict__.get('_modules', {}):
+            if not self._is_shared(name):
                 raise
             return getattr(self.module, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        own = name in self.__dict__ or hasattr(type(self), name) or 'module' not in self.__dict__.get('_modules', {})
-        if own or name in self._modules or not hasattr(self.module, name):
+        if name in self.__dict__ or hasattr(type(self), name) or not self._is_shared(name):
             super().__setattr__(name, value)
         else:
             setattr(self.module, name, value)
@@ -93,14 +103,40 @@ class _Call(NamedTuple):
     shape: Optional[torch.Size]  # of an output that is a tensor
     device: Optional[torch.device]
     dtype: Optional[torch.dtype]
+    sources: FrozenSet[int]  # earlier calls that the inputs were computed from, if they were followed
 
     @property
     def is_map(self) -> bool:
         return self.shape is not None and len(self.shape) == 4
 
 
-def _run(model: nn.Module, example: Any) -> List[_Call]:
-    """Record the calls of all modules in the order in which they return, and leave no trace in the model."""
+class _Follow(TorchFunctionMode):
+    """Notes on every tensor which calls of modules it was computed from, in `sources`."""
+
+    def __torch_function__(self, func: Callable, types: Any, args: Tuple = (), kwargs: Optional[Dict] = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        sources = _sources((args, kwargs))
+        if sources:
+            _add_sources(output, sources)
+        return output
+
+
+def _sources(values: Any) -> FrozenSet[int]:
+    return frozenset().union(*(
+        getattr(t, 'sources', ()) for t in tree_leaves(values) if isinstance(t, torch.Tensor)))
+
+
+def _add_sources(values: Any, sources: FrozenSet[int]) -> None:
+    for t in tree_leaves(values):
+        if isinstance(t, torch.Tensor) and not isinstance(t, nn.Parameter):
+            t.sources = getattr(t, 'sources', frozenset()) | sources
+
+
+def _run(model: nn.Module, example: Any, follow: bool = False) -> List[_Call]:
+    """Record the calls of all modules in the order in which they return, and leave no trace in the model.
+
+    With `follow` also which of them the inputs of each come from.
+    """
     if example is None:
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         example = next(model.parameters(), torch.empty(0)).new_zeros(1, *cfg.get('input_size', (3, 224, 224)))
@@ -110,11 +146,16 @@ def _run(model: nn.Module, example: Any) -> List[_Call]:
         is_tensor = isinstance(output, torch.Tensor)
         description = f'a tensor of shape {tuple(output.shape)}' if is_tensor else f'a {type(output).__name__}'
         tensor = (output.shape, output.device, output.dtype) if is_tensor else (None, None, None)
-        calls.append(_Call(m, len(args) + len(kwargs), description, *tensor))
+        sources = _sources((args, kwargs))
+        if follow:
+            _add_sources(output, sources | {len(calls)})
+        calls.append(_Call(m, len(args) + len(kwargs), description, *tensor, sources))
 
     try:
-        with observed(model) as handles:
-            handles += [m.register_forward_hook(record, with_kwargs=True) for m in model.modules()]
+        with observed(model) as handles, _Follow() if follow else nullcontext():
+            # TorchScript takes no hooks, and calls no modules
+            modules = [m for m in model.modules() if not isinstance(m, torch.jit.ScriptModule)]
+            handles += [m.register_forward_hook(record, with_kwargs=True) for m in modules]
             model(*example) if isinstance(example, tuple) else model(example)
     except Exception as e:  # whatever a model does with an input that it is not made for
         given = f'of shape {tuple(example.shape)}' if isinstance(example, torch.Tensor) else repr(type(example))
@@ -158,17 +199,39 @@ def _timm_stages(model: nn.Module) -> List[nn.Module]:
     return []
 
 
+def _chain(calls: List[_Call], candidates: List[int]) -> List[int]:
+    """The longest sequence of the candidates in which each was computed from the one before."""
+    before: Dict[int, Optional[int]] = {}
+    length: Dict[int, int] = {}
+    for i in candidates:
+        before[i] = max((j for j in before if j in calls[i].sources), default=None)
+        length[i] = 1 + length.get(before[i], 0)
+    chain = []
+    last = max(length, key=length.__getitem__, default=None)
+    while last is not None:
+        chain.append(last)
+        last = before[last]
+    return chain[::-1]
+
+
 def _resolution_ends(model: nn.Module, calls: List[_Call]) -> List[nn.Module]:
-    """The children after which the resolution changes, of the module in which it changes most often."""
+    """The children after which the resolution changes, of the module in which it changes most often.
+
+    Only children that feed each other count: not heads that look at several maps each for itself, and not the
+    embedding in front of a transformer, which feeds no map.
+    """
     best: List[nn.Module] = []
     for parent in model.modules():
         children = set(parent.children())
+        maps = [i for i, c in enumerate(calls) if c.module in children and c.is_map and c.shape[2:].numel() > 1]
+        chain = _chain(calls, maps)
+        if len(chain) < 2:
+            continue
         runs: List[List[_Call]] = []  # children that follow each other with the same resolution
-        for call in calls:
-            if call.module in children and call.is_map and call.shape[2:].numel() > 1:
-                if not runs or runs[-1][-1].shape[2:] != call.shape[2:]:
-                    runs.append([])
-                runs[-1].append(call)
+        for call in (calls[i] for i in chain):
+            if not runs or runs[-1][-1].shape[2:] != call.shape[2:]:
+                runs.append([])
+            runs[-1].append(call)
         # what has no weights (a pooling after the last stage) is no stage
         ends = [run[-1].module for run in runs if any(next(c.module.parameters(), None) is not None for c in run)]
         if len(ends) > len(best):
@@ -176,12 +239,20 @@ def _resolution_ends(model: nn.Module, calls: List[_Call]) -> List[nn.Module]:
     return best
 
 
-def _choose(model: nn.Module, where: Where, calls: List[_Call]) -> List[nn.Module]:
+def _default_places(model: nn.Module, example: Any) -> List[nn.Module]:
+    if any(isinstance(m, (torch.fx.GraphModule, torch.jit.ScriptModule)) for m in model.modules()):
+        raise ValueError(
+            f'{type(model).__name__} is, or has in it, a traced or exported graph, which shows no blocks and stages. '
+            f'Call add_cbam before, or pass where=..., names of modules that the graph calls.')
+    chosen = _branch_ends(model) or _timm_stages(model) or _resolution_ends(model, _run(model, example, follow=True))
+    if not chosen:
+        raise ValueError(f'{type(model).__name__} has no stages with maps of shape (B, C, H, W). Pass where=...')
+    return chosen
+
+
+def _choose(model: nn.Module, where: Where, example: Any) -> List[nn.Module]:
     if where is None:
-        chosen = _branch_ends(model) or _timm_stages(model) or _resolution_ends(model, calls)
-        if not chosen:
-            raise ValueError(f'{type(model).__name__} has no stages with maps of shape (B, C, H, W). Pass where=...')
-        return chosen
+        return _default_places(model, example)
     named = {name: m for name, m in model.named_modules(remove_duplicate=False) if name}
     if callable(where):
         chosen = [m for name, m in named.items() if where(name, m)]
@@ -223,6 +294,28 @@ def _is_affine(module: nn.Module, times: Counter) -> bool:
     return (
         plain and module.weight is not None and not module._forward_hooks and not module._forward_pre_hooks
         and all(times[p] == 1 for p in module.parameters()))
+
+
+_PARALLEL = {'DistributedDataParallel', 'FullyShardedDataParallel', 'FSDPModule', 'DeepSpeedEngine'}
+
+
+def _check_model(model: nn.Module) -> None:
+    """Check what would not show in the forward pass: whether modules that are put in now can be trained.
+
+    Raises:
+        ValueError: If they cannot.
+    """
+    for m in model.modules():
+        names = _PARALLEL & {c.__name__ for c in type(m).__mro__}
+        if names or getattr(m, '_is_replica', False):
+            by = next(iter(names), 'DataParallel (it is a replica)')
+            raise ValueError(
+                f'{type(model).__name__} is wrapped by {by}, which does not know weights that come later, so that they '
+                f'would drift apart. Call add_cbam before wrapping.')
+    if torch.is_inference_mode_enabled() or any(p.is_inference() for p in model.parameters()):
+        raise ValueError(
+            f'{type(model).__name__} has, or would get, weights made under torch.inference_mode(), which can never be '
+            f'trained. Make the model and call add_cbam outside of it (torch.no_grad() is fine).')
 
 
 def _check(place: nn.Module, name: str, calls: List[_Call]) -> _Call:
@@ -295,7 +388,7 @@ def add_cbam(
     Without `where` CBAM stands at the end of every residual branch as in the paper (section 4: ResNet, ResNeXt, RegNet
     ... of timm, torchvision or others whose blocks have `conv1` and `downsample` or `shortcut`). In other
     networks it stands at the end of every stage: those of timm's `feature_info`, or, in models without, the children
-    after which the resolution changes, of the module in which it changes most often.
+    that feed each other and after which the resolution changes, of the module in which it changes most often.
 
     Names in the state dict change from ``NAME.weight`` to ``NAME.module.weight``, so load weights before, and make the
     optimizer afterwards. Hooks on the modules stay where they are, before attention.
@@ -307,8 +400,9 @@ def add_cbam(
         example: Input with which the network is run once to find out the channels, in eval mode and without gradients;
             a tuple for several arguments. The size in the model's pretrained_cfg, or (1, 3, 224, 224), if None.
         dry_run: Check and list the places only.
-        **cbam_args: Arguments of :class:`timm_cbam.Cbam`. Where there are few channels choose a larger rd_ratio: 32
-            have two hidden ones by default, and if both are dead from the start the channel attention never learns.
+        **cbam_args: Arguments of :class:`timm_cbam.Cbam`. Every place has at least one hidden channel. Where there are
+            few channels choose a larger rd_ratio: 32 have two hidden ones by default, and if both are dead from the
+            start the channel attention never learns.
 
     Returns:
         Names of the modules that CBAM follows.
@@ -316,7 +410,8 @@ def add_cbam(
     Raises:
         ValueError: If a name or pattern matches nothing, or CBAM cannot follow one of the modules: it returns no map,
             is not called, or has a CBAM already. Also if a gate is no power of two at zero, the example does not fit,
-            or Cbam refuses its arguments. The model is unchanged then.
+            or Cbam refuses its arguments, if the model is wrapped for several processes, was made in inference mode, or
+            is a traced graph, for which there are no default places. The model is unchanged then.
 
     Example:
         >>> model = timm.create_model('resnet10t').eval()
@@ -327,10 +422,11 @@ def add_cbam(
         >>> torch.equal(model(x), before)
         True
     """
+    _check_model(model)
     calls = _run(model, example)
     times: Counter = Counter(m for parent in model.modules() for m in parent._modules.values())
     times.update(p for m in model.modules() for p in m._parameters.values())
-    places = {_end(m, times) for m in _choose(model, where, calls)}
+    places = {_end(m, times) for m in _choose(model, where, example)}
     taken = _attended(model)
     wrappers: Dict[nn.Module, WithCbam] = {}
     names = []
@@ -340,8 +436,10 @@ def add_cbam(
         if place in taken:
             raise ValueError(f'{name} has a CBAM already, or is a part of one. Choose others, or first remove_cbam.')
         call = _check(place, name, calls)
+        # one hidden channel is the least that a place can have
+        narrow = dict(rd_channels=1) if 0 < call.shape[1] * cbam_args.get('rd_ratio', 1 / 16) < 1 else {}
         try:
-            cbam = Cbam(call.shape[1], **{'device': call.device, 'dtype': call.dtype, **cbam_args})
+            cbam = Cbam(call.shape[1], **{'device': call.device, 'dtype': call.dtype, **narrow, **cbam_args})
             gates, factor = open_gates(cbam)
         except (ValueError, RuntimeError) as e:
             raise ValueError(f'No CBAM after {name}: {e}') from e
