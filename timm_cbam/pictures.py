@@ -133,7 +133,7 @@ class Maps:
         self.left += _MARGIN + spare / 2
         self.height = (
             _height(heading) + sum(self.heights) + sum(max(map(_height, titles)) + _GAP for titles in self.titles)
-            + _BAR + 2 * _LINE)
+            + _BAR + 1.5 * _LINE)
 
     @staticmethod
     def _slot(columns: int, left: float) -> float:
