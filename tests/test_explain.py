@@ -626,6 +626,19 @@ def test_names_of_images(name, models, china, tmp_path, capsys, recwarn, quick):
     assert out == f"{tmp_path / 'out.png'}\n" and not err and not recwarn
 
 
+def test_matplotlibrc(models, china, tmp_path):
+    """What the user's says does not matter."""
+    from matplotlib import rc_context
+
+    china.save(tmp_path / 'china.png')
+    args = ['explain', str(tmp_path / 'china.png'), '--model', models['gray'], '-o']
+    assert main([*args, str(tmp_path / 'default.png')]) == 0
+    with rc_context({'savefig.bbox': 'tight', 'figure.autolayout': True, 'text.usetex': True, 'font.size': 30}):
+        assert main([*args, str(tmp_path / 'other.png')]) == 0
+    with Image.open(tmp_path / 'default.png') as default, Image.open(tmp_path / 'other.png') as other:
+        np.testing.assert_array_equal(default, other)
+
+
 def test_nan(models, china, tmp_path, capsys):
     china.save(tmp_path / 'china.png')
     command = ['explain', str(tmp_path / 'china.png'), '--model', models['nan'], '-o', str(tmp_path / 'out')]

@@ -165,9 +165,9 @@ def _distinct(images: Sequence[str]) -> List[str]:
         names = [
             name if count[name.casefold()] == 1 else '-'.join(path.parts[1:][-length:])
             for name, path in zip(names, paths, strict=True)]
-    for image, count in zip(images, map(names.count, names), strict=True):
-        if count > 1:
-            raise ValueError(f'{image} is there {count} times: name each image once.')
+    for image, times in zip(images, map(names.count, names), strict=True):
+        if times > 1:
+            raise ValueError(f'{image} is there {times} times: name each image once.')
     return names
 
 

@@ -5,7 +5,7 @@ import unicodedata
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -225,11 +225,11 @@ Block = Union[Maps, Histograms]
 
 @contextmanager
 def _style() -> Iterator[None]:
-    from matplotlib import rc_context
+    from matplotlib import style
     from matplotlib.font_manager import fontManager
 
     installed = {font.name for font in fontManager.ttflist}
-    rc = {
+    rc: Dict[str, Any] = {
         'font.family': ['DejaVu Sans', *(name for name in _FALLBACK_FONTS if name in installed)],
         'font.size': _FONT,
         'axes.titlesize': _FONT,
@@ -237,9 +237,9 @@ def _style() -> Iterator[None]:
         'xtick.labelsize': _SMALL_FONT,
         'ytick.labelsize': _SMALL_FONT,
         'text.parse_math': False,  # names may have dollars
-        'text.usetex': False,
     }
-    with rc_context(rc), warnings.catch_warnings():
+    # whatever the user's matplotlibrc says
+    with style.context(['default', rc]), warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='Glyph .* missing')
         yield
 
