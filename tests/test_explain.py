@@ -1,3 +1,4 @@
+import io
 import itertools
 import os
 import sys
@@ -637,6 +638,19 @@ def test_matplotlibrc(models, china, tmp_path):
         assert main([*args, str(tmp_path / 'other.png')]) == 0
     with Image.open(tmp_path / 'default.png') as default, Image.open(tmp_path / 'other.png') as other:
         np.testing.assert_array_equal(default, other)
+
+
+def test_ascii(models, china, tmp_path, monkeypatch, quick):
+    """Paths are printed where the terminal does not have their letters, too."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding='ascii')
+    monkeypatch.setattr(sys, 'stdout', out)
+    files = [str(tmp_path / '写真.png'), str(tmp_path / 'dog.png')]
+    for file in files:
+        china.save(file)
+    assert main(['explain', *files, '--model', models['gray'], '-o', str(tmp_path / 'out')]) == 0
+    folder = tmp_path / 'out'
+    assert out.buffer.getvalue().decode() == f'{folder}/\\u5199\\u771f.png\n{folder}/dog.png\n'
+    assert {p.name for p in folder.iterdir()} == {'写真.png', 'dog.png'}
 
 
 def test_nan(models, china, tmp_path, capsys):

@@ -76,6 +76,7 @@ def test_data(script, data):
     assert labels.bincount().tolist() == [5] * 10
 
 
+@pytest.mark.slow
 def test_stopped_and_resumed(script, run, tmp_path, monkeypatch, capsys):
     run()
     out = capsys.readouterr().out

@@ -11,7 +11,7 @@ import sys
 import warnings
 from collections import Counter
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence, TextIO
 
 import numpy as np
 import torch
@@ -192,6 +192,13 @@ def _outputs(names: Sequence[str], images: Sequence[str], output: str, grid: boo
     return files
 
 
+def _print(text: object, file: TextIO) -> None:
+    """Print a line at once, also beside a progress bar, and with names that the file's encoding does not have."""
+    encoding = getattr(file, 'encoding', None) or 'utf-8'
+    tqdm.write(printable(text).encode(encoding, 'backslashreplace').decode(encoding), file=file)
+    file.flush()
+
+
 def explain(
         images: Sequence[str],
         model: str = 'cbam_resnet50_eccv18',
@@ -253,15 +260,14 @@ def explain(
                         finish(files[i], _sheet(Path(image).name, upright, subjects, gates))
             except (OSError, ValueError) as e:
                 failed += 1
-                progress.write(printable(f'{image}: {e}'), file=sys.stderr)
+                _print(f'{image}: {e}', sys.stderr)
             else:
                 if not grid:
-                    progress.write(printable(files[i]))
-                    sys.stdout.flush()
+                    _print(files[i], sys.stdout)
             progress.update()
     if series:
         finish(files[0], _grid(series, subjects))
-        print(printable(files[0]))
+        _print(files[0], sys.stdout)
     if failed:
         raise RuntimeError(f'{failed} of {len(images)} images failed, see above')
     return done
