@@ -6,8 +6,7 @@ of Fashion-MNIST (real photographs, 28x28 pixels, ten classes) with the same see
 some classes the first held-out image that all three classify right goes into the picture, with each network's
 probability for the class. Prints the accuracy on the held-out images, too.
 
-Every epoch is kept in the folder --work, and the same command goes on where it was stopped. The folder then has the
-trained networks, which `timm-cbam explain` and timm's `local-dir:` take as long as this script registers resnet18_s1.
+Every epoch is kept in the folder --work, and the same command goes on where it was stopped.
 """
 import argparse
 import math

@@ -429,9 +429,9 @@ def test_grid(images, compare, models, china, tmp_path, figures, capsys, quick):
         assert [column[0].get_title() for column in by_image] == names
         labels = [t.get_text().replace('\n', '') for t in figure.texts if t.get_text()]
         assert labels == [*order] * (len(rows) // height) + ['Grad-CAM, relative to its own maximum']
+    loaded = [timm.create_model(models[name], pretrained=True).eval() for name in order]
     for i, (ax, *explained) in enumerate(by_image):
-        for ax, name in zip(explained, order, strict=True):
-            model = timm.create_model(models[name], pretrained=True).eval()
+        for ax, model in zip(explained, loaded, strict=True):
             x, colors = seen(model, china.rotate(10 * i))
             np.testing.assert_allclose(ax.images[0].get_array(), colors, atol=1e-6)
             cam = reference_grad_cam(model, x, 0)
