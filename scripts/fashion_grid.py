@@ -28,6 +28,7 @@ from tqdm import tqdm
 
 from timm_cbam.explain import explain
 from timm_cbam.hub import save_model, staged_file, staged_folder
+from timm_cbam.pictures import SUFFIXES
 
 _CLASSES = ['t-shirt', 'trouser', 'pullover', 'dress', 'coat', 'sandal', 'shirt', 'sneaker', 'bag', 'ankle boot']
 _SHOWN = ['t-shirt', 'trouser', 'dress', 'coat', 'sandal', 'sneaker', 'bag', 'ankle boot']
@@ -186,8 +187,13 @@ def main() -> None:
     for name, least in (('images', len(_CLASSES)), ('epochs', 1)):
         if getattr(args, name) < least:
             parser.error(f'--{name} is {getattr(args, name)}, must be {least} or more')
+    if Path(args.output).suffix.lower() not in SUFFIXES:
+        parser.error(f'--output {args.output} must end in {", ".join(SUFFIXES)}')
 
-    train, test = _load(args.data)
+    try:
+        train, test = _load(args.data)
+    except (OSError, RuntimeError, ValueError, KeyError) as e:
+        parser.error(f'--data {args.data} cannot be read: {e}')
     train = _first(train, args.images)
     args.work.mkdir(parents=True, exist_ok=True)
     right: Dict[str, torch.Tensor] = {}
@@ -206,6 +212,8 @@ def main() -> None:
     for name, correct in right.items():
         print(f'{name}: {100 * correct.float().mean():.2f} % right')
     files = _write_images(test, torch.stack(list(right.values())).all(0), args.work / 'images')
+    if not files:
+        raise SystemExit('No held-out image is classified right by all three: more --images or --epochs.')
     plain, se, cbam = (f'local-dir:{args.work / name}' for name in _NETWORKS)
     explain(files, cbam, compare=(plain, se), output=args.output, grid=True)
 

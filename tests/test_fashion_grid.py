@@ -38,12 +38,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def run(script, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(script._SETTINGS, 'width', 16)
+    monkeypatch.setitem(script._SETTINGS, 'batch_size', 10)
 
     def run(*args):
         monkeypatch.setattr(sys, 'argv', [
             str(SCRIPT), '--data', str(data), '--work', str(tmp_path / 'work'), '--output', str(tmp_path / 'grid.png'),
-            '--images', '150', '--epochs', '6', *args])
+            '--images', '120', '--epochs', '4', *args])
         script.main()
 
     return run
@@ -80,7 +80,7 @@ def test_data(script, data):
 def test_stopped_and_resumed(script, run, tmp_path, monkeypatch, capsys):
     run()
     out = capsys.readouterr().out
-    assert 'trained on 150 images, 6 epochs; held-out images: 30' in out
+    assert 'trained on 120 images, 4 epochs; held-out images: 30' in out
     assert out.splitlines()[-1] == str(tmp_path / 'grid.png')
     work = tmp_path / 'work'
     with Image.open(tmp_path / 'grid.png') as image:
@@ -117,7 +117,9 @@ def test_stopped_and_resumed(script, run, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize('args,message', [
-    (['--images', '9'], '--images is 9, must be 10 or more'), (['--epochs', '0'], '--epochs is 0, must be 1 or more')])
+    (['--images', '9'], '--images is 9, must be 10 or more'), (['--epochs', '0'], '--epochs is 0, must be 1 or more'),
+    (['--data', 'nowhere.npz'], '--data nowhere.npz cannot be read: '),
+    (['--output', 'grid.bmp'], '--output grid.bmp must end in .png, .jpg')])
 def test_refused(args, message, run, capsys):
     with pytest.raises(SystemExit):
         run(*args)
