@@ -507,7 +507,7 @@ def test_kinds_of_images(models, china, tmp_path, figures, capsys, recwarn, quic
     small.transpose(Image.Transpose.ROTATE_90).save(tmp_path / 'turned.png', exif=exif)
     for name, dtype, factor in [
             ('sixteen.png', 'uint16', 257), ('integers.tif', 'int32', 257), ('float.tif', 'float32', 1 / 255),
-            ('float255.tif', 'float32', 1)]:
+            ('float255.tif', 'float32', 1), ('integers8.tif', 'int32', 1)]:
         Image.fromarray((np.asarray(gray, dtype=float) * factor).astype(dtype)).save(tmp_path / name)
     small.convert('CMYK').save(tmp_path / 'cmyk.jpg')
     Image.new('RGB', (1, 1), 'red').save(tmp_path / 'dot.png')
@@ -518,7 +518,7 @@ def test_kinds_of_images(models, china, tmp_path, figures, capsys, recwarn, quic
     (tmp_path / 'empty.png').touch()
     Image.new('L', (10000, 1)).save(tmp_path / 'thread.png')
     Image.new('1', (20000, 10000)).save(tmp_path / 'bomb.png')
-    for name, value in dict(nan=np.nan, physical=1e4, negative=-1).items():
+    for name, value in dict(nan=np.nan, physical=1e4, overshoot=1.02, negative=-1).items():
         Image.fromarray(np.full((9, 9), value, 'float32')).save(tmp_path / f'{name}.tif')
     Image.fromarray(np.full((9, 9), 70000, 'int32')).save(tmp_path / 'deep.tif')
     reasons = {
@@ -527,6 +527,7 @@ def test_kinds_of_images(models, china, tmp_path, figures, capsys, recwarn, quic
         'bomb.png': 'is too large, make it smaller (Image size (200000000 pixels) exceeds limit',
         'nan.tif': 'has pixels from nan to nan',
         'physical.tif': 'has pixels from 10000 to 10000, what can be shown are 0 to 255: scale them',
+        'overshoot.tif': 'has pixels from 1.02 to 1.02, what can be shown are 0 to 1: scale them',
         'negative.tif': 'has pixels from -1 to -1', 'deep.tif': 'are 0 to 65535: scale them'}
     assert {p.name for p in tmp_path.iterdir()} == {*good, *reasons} - {'missing.png'}
 
@@ -550,7 +551,7 @@ def test_kinds_of_images(models, china, tmp_path, figures, capsys, recwarn, quic
     expected = np.asarray(small)
     for name in ('webp', 'rgba', 'turned'):
         np.testing.assert_array_equal(inputs[name], expected)
-    for name in ('gray', 'sixteen', 'integers', 'float', 'float255'):
+    for name in ('gray', 'sixteen', 'integers', 'integers8', 'float', 'float255'):
         np.testing.assert_array_equal(inputs[name], np.asarray(gray.convert('RGB')))
         assert texts[name] == texts['gray']
     for name in ('jpeg', 'cmyk'):

@@ -258,7 +258,7 @@ def explain(
                         series[name] = _series(upright, subjects)
                     else:
                         finish(files[i], _sheet(Path(image).name, upright, subjects, gates))
-            except (OSError, ValueError) as e:
+            except (OSError, ValueError, MemoryError) as e:
                 failed += 1
                 _print(f'{image}: {e}', sys.stderr)
             else:

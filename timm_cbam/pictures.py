@@ -117,7 +117,8 @@ class Maps:
             limits: Values at its ends.
             heading: Text above the rows.
         """
-        self.rows, self.label, self.limits, self.heading = rows, label, limits, heading
+        self.rows, self.label, self.limits = rows, label, limits
+        self.heading = _wrap([heading], _WIDTH - 1)
         columns = max(len(row.panels) for row in rows)
         aspects = [max(p.image.shape[0] / p.image.shape[1] for p in row.panels) for row in rows]
         heights = [min(_MAX_HEIGHT, self._slot(columns, 0.) * aspect) for aspect in aspects]
@@ -132,7 +133,7 @@ class Maps:
         spare = _WIDTH - 2 * _MARGIN - self.left - columns * self.slot - (columns - 1) * _GAP
         self.left += _MARGIN + spare / 2
         self.height = (
-            _height(heading) + sum(self.heights) + sum(max(map(_height, titles)) + _GAP for titles in self.titles)
+            _height(self.heading) + sum(self.heights) + sum(max(map(_height, titles)) + _GAP for titles in self.titles)
             + _BAR + 1.5 * _LINE)
 
     @staticmethod
@@ -191,13 +192,14 @@ class Histograms:
             limits: Least and largest value to show.
             heading: Text above them.
         """
-        self.values, self.limits, self.heading = values, limits, heading
-        self.xlabel, self.ylabel = xlabel, ylabel
+        self.values, self.limits, self.xlabel, self.ylabel = values, limits, xlabel, ylabel
+        self.heading = _wrap([heading], _WIDTH - 1)
         self.left, self.gap = 0.62, 0.25
         self.slot = (_WIDTH - _MARGIN - self.left - (len(values) - 1) * self.gap) / len(values)
         self.titles = [_wrap([title], self.slot) for title in values]
         self.panel = 1.25
-        self.height = _height(heading) + max(map(_height, self.titles)) + _GAP / 2 + self.panel + 2.7 * _LINE
+        self.height = (
+            _height(self.heading) + max(map(_height, self.titles)) + _GAP / 2 + self.panel + 2.7 * _LINE)
 
     def draw(self, page: _Page, y: float) -> None:
         page.text(_MARGIN, y, self.heading, va='top', weight='bold')

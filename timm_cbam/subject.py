@@ -187,13 +187,18 @@ def read_image(path: Union[str, Path]) -> Image.Image:
 
 
 def _to_bytes(image: Image.Image) -> Image.Image:
-    """A gray image of integers (16 bits) or floats (0 to 1 or to 255) in 8 bits; Pillow's conversion would clip it.
+    """A gray image of integers or floats in 8 bits. Pillow's conversion would clip it.
 
     Raises:
         ValueError: If it has other values.
     """
     pixels = np.asarray(image).astype(np.float64)
-    white = 65535 if image.mode[0] == 'I' else 1 if pixels.max() <= 1 else 255
+    if image.mode == 'F':
+        white = 1 if pixels.max() <= 8 else 255  # so that a little more than 1 is refused, not black
+    elif image.mode == 'I':
+        white = 255 if pixels.max() <= 255 else 65535
+    else:
+        white = 65535
     if not (pixels.min() >= 0 and pixels.max() <= white):
         raise ValueError(
             f'has pixels from {pixels.min():g} to {pixels.max():g}, what can be shown are 0 to {white:g}: scale them')
