@@ -159,8 +159,8 @@ def _explain(args: argparse.Namespace) -> None:
     from .explain import explain
 
     with _loading(args.model, *args.compare):
-        for file in explain(args.images, args.model, args.compare, args.target, args.output):
-            print(file)
+        explain(
+            args.images, args.model, args.compare, args.target, args.output, gates=not args.no_gates, grid=args.grid)
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -224,10 +224,10 @@ def _create_parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         'explain', help='picture where models look: Grad-CAM, and the gates of one with CBAM',
-        description='For each image a figure: the image; Grad-CAM of each model at its last stage, with the class and '
-        "its probability; where MODEL has CBAM, its spatial gates over the image and histograms of its channel gates. "
-        'Models are named as for timm.create_model (NAME, hf-hub:USER/NAME, local-dir:FOLDER), and get their '
-        'pretrained weights where there are any.')
+        description='For each image a figure: what MODEL sees of it; Grad-CAM of each model at its last stage, with '
+        'the class and its probability; where MODEL has CBAM, its spatial gates over the image and histograms of its '
+        'channel gates. Models are named as for timm.create_model (NAME, hf-hub:USER/NAME, local-dir:FOLDER), and get '
+        'their pretrained weights where there are any.')
     command.add_argument('images', metavar='IMAGE', nargs='+', help='images to explain')
     command.add_argument(
         '--model', default='cbam_resnet50_eccv18', help='model to explain (default: %(default)s)')
@@ -238,9 +238,13 @@ def _create_parser() -> argparse.ArgumentParser:
         '--target', metavar='CLASS',
         help="class that Grad-CAM looks for, by name or index (default: each model's most probable one)")
     command.add_argument(
+        '--grid', action='store_true',
+        help='one figure of Grad-CAM of all images by all models, those of --compare first; without gates')
+    command.add_argument('--no-gates', action='store_true', help='leave out the gates of MODEL')
+    command.add_argument(
         '-o', '--output', default='timm-cbam-explain',
-        help="folder for the figures, named IMAGE's name without its suffix + .png; with a single IMAGE also a file "
-        'name that ends in .png, .pdf, .svg, ... (default: %(default)s)')
+        help='folder for the figures, each named after its image; for one figure also a file name that ends in .png, '
+        '.jpg, .webp, .tif, .pdf or .svg (default: %(default)s)')
     command.set_defaults(run=_explain)
 
     command = commands.add_parser(

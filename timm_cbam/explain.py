@@ -5,32 +5,31 @@ Papers:
 * `Grad-CAM: Visual Explanations from Deep Networks via Gradient-based Localization` - https://arxiv.org/abs/1610.02391
 """
 import csv
+import math
+import os
 import sys
+import warnings
+from collections import Counter
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, List, NamedTuple, Optional, Sequence, TextIO
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from timm.data import (
-    CustomDatasetInfo,
-    ImageNetInfo,
-    create_transform,
-    infer_imagenet_subset,
-    resolve_model_data_config,
-)
-from timm.models import create_model, is_model_pretrained
+from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
 from .hub import staged_file
 from .layers import Cbam, ChannelAttention, SpatialAttention
 from .observe import observed
+from .pictures import SUFFIXES, Block, Histograms, Maps, Panel, Row, printable, save_figure
+from .subject import Subject, read_image
 
 __all__ = ['AttentionMaps', 'attention_maps', 'explain', 'report']
 
-_COLORS = 'cividis'  # looks the same to the colour-blind
-_MODES = {1: 'L', 3: 'RGB'}  # Pillow's names, by the number of channels
+_GRAD_CAM = 'Grad-CAM, relative to its own maximum'
+_COLUMNS = 5  # of a figure, so that titles can be read
+_GRID_COLUMNS = 8  # of a grid, which has short ones
 
 
 class AttentionMaps(NamedTuple):
@@ -82,208 +81,122 @@ def attention_maps(model: nn.Module, x: torch.Tensor) -> Dict[str, AttentionMaps
     return maps
 
 
-class _Subject:
-    """A model with what it takes to explain it."""
-
-    def __init__(self, name: str, target: Optional[str]) -> None:
-        from pytorch_grad_cam import GradCAM
-
-        saved = ':' in name  # hf-hub: and local-dir: have weights, nobody knows which
-        trained = saved or is_model_pretrained(name)
-        try:
-            self.model = create_model(name, pretrained=trained).eval()
-        except OSError as e:
-            raise OSError(f'{name} cannot be loaded: {e}') from e
-        cfg = self.model.pretrained_cfg
-        self.title = Path(name.partition(':')[2]).name or f"{cfg['architecture']}.{cfg['tag']}"
-        self.note = ''
-        if not trained:
-            self.note = 'untrained, weights are random'
-        elif not saved and cfg['tag'].startswith('warm_'):
-            self.note = 'attention untrained (warm start)'
-        config = resolve_model_data_config(self.model)
-        self.input_size = config['input_size']
-        if self.input_size[0] not in _MODES:
-            raise ValueError(f'{name} has {self.input_size[0]} input channels, images have 1 or 3.')
-        if not self.model.num_classes:
-            raise ValueError(f'{name} has no classifier, so there is no class to explain.')
-        self.transform = create_transform(**config, is_training=False)
-        self.mean, self.std = (torch.tensor(config[key]).view(-1, 1, 1) for key in ('mean', 'std'))
-        self.grad_cam = GradCAM(self.model, [self._last_stage(name)])
-        self.class_names = self._class_names()
-        self.target = None if target is None else self._class_index(target)
-
-    def _last_stage(self, name: str) -> nn.Module:
-        """The module whose output is the last feature map."""
-        shape = None
-
-        def keep_shape(module, args, out):
-            nonlocal shape
-            shape = tuple(out.shape) if isinstance(out, torch.Tensor) else None
-
-        feature_info = getattr(self.model, 'feature_info', None)
-        if feature_info:
-            stage = self.model.get_submodule(feature_info[-1]['module'])
-            with stage.register_forward_hook(keep_shape), torch.no_grad():
-                self.model(torch.zeros(1, *self.input_size))
-        if shape is None or len(shape) != 4 or shape[1] != feature_info[-1]['num_chs']:
-            raise ValueError(f'{name} is no CNN whose last stage gives a map (B, C, H, W), which Grad-CAM needs.')
-        return stage
-
-    def _class_names(self) -> List[str]:
-        cfg, num_classes = self.model.pretrained_cfg, self.model.num_classes
-        info = None
-        if len(cfg.get('label_names') or ()) == num_classes:
-            info = CustomDatasetInfo(cfg['label_names'], cfg.get('label_descriptions'))
-        elif infer_imagenet_subset(self.model):
-            info = ImageNetInfo(infer_imagenet_subset(self.model))
-        return [info.index_to_description(i) if info else f'class {i}' for i in range(num_classes)]
-
-    def _class_index(self, target: str) -> int:
-        wanted = target.strip().lower()
-        found = [
-            i for i, name in enumerate(self.class_names)
-            if wanted in (name.lower(), *(part.strip() for part in name.lower().split(',')))]
-        if not found and wanted.isdecimal() and int(wanted) < len(self.class_names):
-            found = [int(wanted)]
-        if len(found) != 1:
-            what = f'has classes {", ".join(map(str, found))} of the name' if found else 'has no class'
-            raise ValueError(
-                f'{self.title} {what} {target!r}; choose by an index from 0 to {len(self.class_names) - 1}, or a name '
-                f'such as {self.class_names[0]!r}.')
-        return found[0]
-
-    def read(self, image: Image.Image) -> torch.Tensor:
-        """The model's input for an image, (1, C, H, W)."""
-        return self.transform(image.convert(_MODES[self.input_size[0]]))[None]
-
-    def seen(self, x: torch.Tensor) -> np.ndarray:
-        """The input as a gray image, (H, W)."""
-        return (x[0] * self.std + self.mean).clamp(0, 1).mean(0).numpy()
-
-    def explain(self, x: torch.Tensor) -> Tuple[np.ndarray, str, float]:
-        """Grad-CAM (H, W) of the target, or else the most probable class, its name and its probability."""
-        from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
-
-        targets = None if self.target is None else [ClassifierOutputTarget(self.target)]
-        cam = self.grad_cam(x, targets)[0]
-        probabilities = self.grad_cam.outputs[0].detach().softmax(0)
-        index = int(probabilities.argmax()) if self.target is None else self.target
-        return cam, self.class_names[index], float(probabilities[index])
-
-    def stages(self, maps: Dict[str, AttentionMaps]) -> Dict[str, List[str]]:
-        """Names of the Cbam layers by stage."""
-        modules = [info['module'] for info in self.model.feature_info]
-        stages: Dict[str, List[str]] = {}
-        for name in maps:
-            stage = next((m for m in modules if name.startswith(f'{m}.')), name.partition('.')[0])
-            stages.setdefault(stage, []).append(name)
-        return stages
-
-
-def _read_image(path: Union[str, Path]) -> Image.Image:
-    """Read an image upright, of a film the first frame. Transparency stays, and is dropped later as timm does.
-
-    Raises:
-        ValueError: If it cannot be read, or is so narrow that it would be huge at the size that networks want.
-    """
-    try:
-        with Image.open(path) as file:
-            image = ImageOps.exif_transpose(file)
-            image.load()
-    except Exception as e:  # a decoder may raise anything for a damaged file
-        raise ValueError(f'cannot be read as an image ({e})') from e
-    if image.mode.startswith('I'):
-        # 16 bits, of which Pillow's conversion would cut off the upper half
-        image = image.convert('I').point(lambda value: value / 257).convert('L')
-    if max(image.size) > 50 * min(image.size):
-        raise ValueError(f'is too narrow: {image.width} x {image.height} pixels, the limit is 50 to 1')
-    return image
-
-
-def _overlay(ax, gray, values, title: str, label: str, **limits: float) -> None:
-    """Draw values (h, w) over a gray image (H, W), with their colour bar (vmin and vmax are its limits)."""
-    height, width = gray.shape
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    # with half its contrast, else what is bright in the image looks like a high value
-    ax.imshow(gray, cmap='gray', vmin=-0.5, vmax=1.5, extent=extent)
-    shown = ax.imshow(values, cmap=_COLORS, alpha=0.7, extent=extent, **limits)
-    ax.figure.colorbar(shown, ax=ax, label=label, shrink=0.8)
-    ax.set_title(title, fontsize=9)
-    ax.set_axis_off()
-
-
-def _shorten(text: str, width: int = 36) -> str:
-    return text if len(text) <= width else text[:width - 3] + '...'
-
-
-def _draw(file: Path, name: str, image: Image.Image, subjects: Sequence[_Subject]) -> None:
-    """Draw what models look at in an image, and the gates of the first."""
-    from matplotlib.figure import Figure
-
-    first = subjects[0]
-    x = first.read(image)
-    has_attention = any(isinstance(m, Cbam) for m in first.model.modules())
-    maps = attention_maps(first.model, x) if has_attention else {}
-    spatial, channel = {}, {}
-    for stage, names in first.stages(maps).items():
-        if maps[names[-1]].spatial is not None:
-            spatial[names[-1]] = maps[names[-1]].spatial[0].numpy()
+def _gates(subject: Subject, image: Image.Image) -> List[Block]:
+    """Spatial gates of the last Cbam layer of each stage, and channel gates of all layers."""
+    x = subject.read(image)
+    maps = attention_maps(subject.model, x)
+    panels, channel = [], {}
+    for stage, names in subject.stages(maps).items():
+        spatial = maps[names[-1]].spatial
+        if spatial is not None:
+            height, width = spatial.shape[1:]
+            panels.append(Panel([names[-1], f'{height} x {width}'], subject.seen(x), spatial[0].numpy()))
         gates = [maps[name].channel[0] for name in names if maps[name].channel is not None]
         if gates:
-            channel[f'{stage} ({len(gates)} layers)'] = torch.cat(gates).numpy()
-    rows = [1 + len(subjects)] + [len(gates) for gates in (spatial, channel) if gates]
-    figure = Figure(figsize=(3.6 * max(rows), 3.1 * len(rows)), layout='constrained')
-    # as many columns in each row, so that the panels have one size
-    grid = figure.subplots(len(rows), max(rows), squeeze=False)
-    for ax in grid.flat:
-        ax.set_axis_off()
-    axes = iter(grid)
-
-    row = next(axes)
-    thumbnail = image.convert('RGB')
-    thumbnail.thumbnail((800, 800))
-    row[0].imshow(thumbnail)
-    row[0].set_title(f'{_shorten(name)}\n{image.width} x {image.height} pixels', fontsize=9)
-    for ax, subject in zip(row[1:], subjects, strict=False):
-        its_x = subject.read(image)
-        cam, class_name, probability = subject.explain(its_x)
-        note = f'\n{subject.note}' if subject.note else ''
-        title = f'{_shorten(subject.title)}{note}\n{_shorten(class_name)}: {100 * probability:.1f} %'
-        _overlay(ax, subject.seen(its_x), cam, title, 'Grad-CAM', vmin=0, vmax=1)
-    if spatial:
-        for ax, (layer, gate) in zip(next(axes), spatial.items(), strict=False):
-            height, width = gate.shape
-            _overlay(ax, first.seen(x), gate, f'spatial gate of {layer}\n{height} x {width}', 'gate')
+            layers = f'{len(gates)} layers' if len(gates) > 1 else '1 layer'
+            channel[f'{stage}, {layers}'] = torch.cat(gates).numpy()
+    # a sigmoid's; those of other functions may be outside
+    values = [*(panel.values for panel in panels), *channel.values()]
+    limits = min([0., *(float(v.min()) for v in values)]), max([1., *(float(v.max()) for v in values)])
+    blocks: List[Block] = []
+    if panels:
+        blocks.append(Maps(_rows(panels), 'spatial gate', limits, f'Spatial gates of {subject.title}'))
     if channel:
-        bins = np.histogram_bin_edges(np.concatenate(list(channel.values())), bins=40)
-        for ax, (stage, gates) in zip(next(axes), channel.items(), strict=False):
-            ax.set_axis_on()
-            ax.hist(gates, bins=bins)
-            ax.set_title(f'channel gates of {stage}', fontsize=9)
-            ax.set_xlabel('gate')
-            ax.set_ylabel('channels')
-    figure.savefig(file, dpi=110)
+        blocks.append(Histograms(
+            channel, 'channel gate', 'channels, %', limits, f'Channel gates of {subject.title}'))
+    return blocks
 
 
-def _outputs(images: Sequence[str], output: str) -> List[Path]:
-    """Files to write the images' figures to."""
-    from matplotlib.figure import Figure
+def _rows(panels: Sequence[Panel]) -> List[Row]:
+    """Rows of at most _COLUMNS panels, as many in each as can be."""
+    columns = math.ceil(len(panels) / math.ceil(len(panels) / _COLUMNS))
+    return [Row(panels[i:i + columns]) for i in range(0, len(panels), columns)]
 
+
+def _sheet(name: str, image: Image.Image, subjects: Sequence[Subject], gates: bool) -> List[Block]:
+    """What models look at in an image, and the gates of the first."""
+    first = subjects[0]
+    seen = first.seen(first.read(image))
+    height, width = seen.shape[:2]
+    panels = [Panel([name, f'{image.width} x {image.height} pixels', f'seen at {width} x {height}'], seen)]
+    for subject in subjects:
+        panels.append(subject.look(image, subject.title, *filter(None, [subject.note])))
+    blocks: List[Block] = [Maps(_rows(panels), _GRAD_CAM)]
+    if gates and any(isinstance(m, Cbam) for m in first.model.modules()):
+        blocks += _gates(first, image)
+    return blocks
+
+
+def _series(image: Image.Image, subjects: Sequence[Subject]) -> List[Panel]:
+    """What the last model sees of an image, and what each looks at."""
+    last = subjects[-1]
+    return [Panel([], last.seen(last.read(image))), *(subject.look(image) for subject in subjects)]
+
+
+def _grid(series: Dict[str, List[Panel]], subjects: Sequence[Subject]) -> List[Block]:
+    """Images by models, the images side by side unless there are more models."""
+    heads = [[], *([subject.title, *filter(None, [subject.note])] for subject in subjects)]
+    names = list(series)
+    if len(names) < len(heads):
+        rows = [
+            Row([p._replace(lines=[*(head if name == names[0] else []), *p.lines])
+                 for head, p in zip(heads, series[name], strict=True)], [name])
+            for name in names]
+        return [Maps(rows, _GRAD_CAM)]
+    columns = math.ceil(len(names) / math.ceil(len(names) / _GRID_COLUMNS))
+    rows = []
+    for start in range(0, len(names), columns):
+        band = names[start:start + columns]
+        rows.append(Row([series[name][0]._replace(lines=[name]) for name in band]))
+        rows += [Row([series[name][i] for name in band], head) for i, head in enumerate(heads) if i]
+    return [Maps(rows, _GRAD_CAM)]
+
+
+def _distinct(images: Sequence[str]) -> List[str]:
+    """A name for each image: its stem, or as much more of its path as tells it from the others.
+
+    Raises:
+        ValueError: If one is there twice.
+    """
+    paths = [Path(os.path.abspath(image)) for image in images]
+    names = [path.stem for path in paths]
+    for length in range(1, max((len(path.parts) for path in paths), default=0)):
+        count = Counter(name.casefold() for name in names)  # some file systems take x.png for X.png
+        names = [
+            name if count[name.casefold()] == 1 else '-'.join(path.parts[1:][-length:])
+            for name, path in zip(names, paths, strict=True)]
+    for image, times in zip(images, map(names.count, names), strict=True):
+        if times > 1:
+            raise ValueError(f'{image} is there {times} times: name each image once.')
+    return names
+
+
+def _outputs(names: Sequence[str], images: Sequence[str], output: str, grid: bool) -> List[Path]:
+    """Files to write figures to, one for each image or one for all."""
     file = Path(output)
-    if file.suffix[1:].lower() not in Figure().canvas.get_supported_filetypes():
-        files = [file / f'{Path(image).stem}.png' for image in images]
-    elif len(images) == 1:
+    if output.endswith(('/', os.sep)) or file.is_dir() or not file.suffix:
+        if file.is_file():
+            raise ValueError(f'{output} is a file, choose a folder, or a name that ends in {", ".join(SUFFIXES)}.')
+        files = [file / f'{name}.png' for name in (['grid'] if grid else names)]
+    elif file.suffix.lower() not in SUFFIXES:
+        raise ValueError(
+            f'{output} cannot be written, choose a name that ends in {", ".join(SUFFIXES)}, or {output}{os.sep} for a '
+            f'folder.')
+    elif grid or len(images) == 1:
         files = [file]
     else:
         raise ValueError(f'{output} is the name of one file, but there are {len(images)} images: name a folder.')
-    for i, file in enumerate(files):
-        if file in files[:i]:
-            raise ValueError(
-                f'{images[files.index(file)]} and {images[i]} would both become {file}: use two folders.')
+    for file in files:
         if file.resolve() in [Path(image).resolve() for image in images]:
             raise ValueError(f'{file} is one of the images and would be overwritten: choose another name or folder.')
     return files
+
+
+def _print(text: object, file: TextIO) -> None:
+    """Print a line at once, also beside a progress bar, and with names that the file's encoding does not have."""
+    encoding = getattr(file, 'encoding', None) or 'utf-8'
+    tqdm.write(printable(text).encode(encoding, 'backslashreplace').decode(encoding), file=file)
+    file.flush()
 
 
 def explain(
@@ -292,41 +205,71 @@ def explain(
         compare: Sequence[str] = (),
         target: Optional[str] = None,
         output: str = 'timm-cbam-explain',
+        gates: bool = True,
+        grid: bool = False,
 ) -> List[Path]:
     """Picture what models look at: Grad-CAM of each, and the gates of the first if it has CBAM.
 
-    An image that fails is reported on stderr, the others go on.
+    The path of each picture is printed when it is finished. An image that fails is a line on stderr, the others go on.
 
     Args:
         images: Image files.
         model: What `timm.create_model` takes. Weights are loaded where there are any.
         compare: More models, for Grad-CAM.
         target: Name or index of the class that Grad-CAM is for, the most probable one of each model if None.
-        output: Folder to write STEM.png into, or the name of a picture if there is one image. Files that are there
-            are replaced.
+        output: Folder to write STEM.png into (or grid.png), or the name of the picture if there is one. Files that are
+            there are replaced.
+        gates: Whether to show the gates.
+        grid: One picture of all images (columns) and models (rows, `model` last), without gates.
 
     Returns:
         The pictures.
 
     Raises:
-        ValueError: If a model is no CNN or does not know the target, or a picture would overwrite an image or another.
+        ValueError: If an image is there twice, a model is no CNN or does not know the target, or a picture cannot be
+            written under its name or would overwrite an image.
         RuntimeError: At the end, if an image failed.
     """
-    files = _outputs(images, output)
-    subjects = [_Subject(name, target) for name in (model, *compare)]
-    done = []
+    names = _distinct(images)
+    files = _outputs(names, images, output, grid)
+    subjects = [Subject(name, target) for name in (model, *compare)]
+    titles = Counter(subject.title for subject in subjects)
+    for subject in subjects:
+        if titles[subject.title] > 1:
+            subject.title = subject.name
+    if grid:
+        subjects = [*subjects[1:], subjects[0]]  # the baseline first
+    done: List[Path] = []
+    series: Dict[str, List[Panel]] = {}
+    failed = 0
     with tqdm(total=len(images), desc='explain', disable=len(images) == 1) as progress:
-        for image, file in zip(images, files, strict=True):
+
+        def finish(file: Path, blocks: List[Block]) -> None:
+            with staged_file(file, replace=True) as staged:
+                save_figure(staged, blocks)
+            done.append(file)
+
+        for i, (image, name) in enumerate(zip(images, names, strict=True)):
             try:
-                upright = _read_image(image)
-                with staged_file(file, replace=True) as staged:
-                    _draw(staged, Path(image).name, upright, subjects)
-                done.append(file)
-            except (OSError, ValueError) as e:
-                progress.write(f'{image}: {e}', file=sys.stderr)
+                with warnings.catch_warnings():
+                    warnings.filterwarnings('ignore', module='PIL')
+                    upright = read_image(image)
+                    if grid:
+                        series[name] = _series(upright, subjects)
+                    else:
+                        finish(files[i], _sheet(Path(image).name, upright, subjects, gates))
+            except (OSError, ValueError, MemoryError) as e:
+                failed += 1
+                _print(f'{image}: {e}', sys.stderr)
+            else:
+                if not grid:
+                    _print(files[i], sys.stdout)
             progress.update()
-    if len(done) < len(images):
-        raise RuntimeError(f'{len(images) - len(done)} of {len(images)} images failed, see above')
+    if series:
+        finish(files[0], _grid(series, subjects))
+        _print(files[0], sys.stdout)
+    if failed:
+        raise RuntimeError(f'{failed} of {len(images)} images failed, see above')
     return done
 
 
@@ -356,7 +299,7 @@ def report(run_dir: str) -> Path:
     except ValueError as e:
         raise ValueError(f'{source}: {e}') from e
 
-    figure = Figure(figsize=(12, 3.6), layout='constrained')
+    figure = Figure(figsize=(8, 2.8), layout='constrained')
     panels = {'loss': '_loss', 'accuracy, %': '_top', 'learning rate': 'lr'}
     for ax, (label, key) in zip(figure.subplots(1, 3), panels.items(), strict=True):
         for name in (name for name in columns if key in name):
@@ -366,5 +309,5 @@ def report(run_dir: str) -> Path:
         ax.set_ylabel(label)
         ax.legend(*ax.get_legend_handles_labels())
     with staged_file(file, replace=True) as staged:
-        figure.savefig(staged, dpi=110)
+        figure.savefig(staged, dpi=200)
     return file
