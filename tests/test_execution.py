@@ -2,6 +2,7 @@
 import copy
 
 import onnxruntime
+import openvino
 import pytest
 import timm
 import torch
@@ -74,6 +75,16 @@ def test_onnx_with_dynamic_batch(model, x, dynamo, tmp_path):
     for inputs in (x, x.repeat(3, 1, 1, 1)):
         logits = torch.from_numpy(session.run(None, {'x': inputs.numpy()})[0])
         assert relative_error(logits, model(inputs).detach()) < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scripted', [True, False])
+@torch.no_grad()
+def test_openvino(model, x, scripted):
+    network = torch.jit.script(model) if scripted else model  # which it traces
+    compiled = openvino.compile_model(
+        openvino.convert_model(network, example_input=x), 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+    assert relative_error(torch.from_numpy(compiled(x.numpy())[0]), model(x)) < 1e-5
 
 
 @torch.no_grad()

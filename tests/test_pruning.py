@@ -37,7 +37,8 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize('network', NETWORKS)
+@pytest.mark.parametrize('network', [
+    name if name in ('basic', 'added') else pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS])
 def test_halved(network):
     model, x = NETWORKS[network](), torch.randn(1, 3, 64, 64)
     assert 0.24 < prune(model, x) < 0.28

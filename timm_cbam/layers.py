@@ -40,6 +40,7 @@ class ChannelAttention(nn.Module):
         >>> attention(x).shape, attention.attention_map(x).shape
         (torch.Size([2, 64, 28, 28]), torch.Size([2, 64, 1, 1]))
     """
+    pooling: Final[str]  # a constant, so that TorchScript compiles one pooling only, which OpenVINO needs
 
     def __init__(
             self,
@@ -123,6 +124,7 @@ class SpatialAttention(nn.Module):
         >>> attention(x).shape, attention.attention_map(x).shape
         (torch.Size([2, 64, 28, 28]), torch.Size([2, 1, 28, 28]))
     """
+    pooling: Final[str]
 
     def __init__(
             self,
