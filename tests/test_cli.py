@@ -3,7 +3,7 @@ import huggingface_hub
 import pytest
 import timm
 
-import timm_cbam
+from timm_cbam import subject
 from timm_cbam.cli import main
 
 
@@ -99,7 +99,7 @@ def test_errors_of_models(error, is_download, monkeypatch, capsys):
     def create_model(*args, **kwargs):
         raise error
 
-    monkeypatch.setattr(timm_cbam.explain, 'create_model', create_model)
+    monkeypatch.setattr(subject, 'create_model', create_model)
     assert main(['explain', 'cat.jpg', '--model', 'cbam_resnet18']) == 1
     message, = capsys.readouterr().err.splitlines()
     assert 'reason' in message and ('local-dir:FOLDER' in message) == is_download

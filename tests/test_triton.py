@@ -287,6 +287,7 @@ def test_a_kernel_that_does_nothing_is_found_by_the_check(kernel, short_check, m
 def test_gradient_scaling_sees_overflow(where):
     """An infinite gradient in half precision reaches the gradients of all that it flows to."""
     tensors = make((2, 40, 9, 10), 4, torch.float16)
+    tensors['shortcut'][where] = 9  # not cut off by the ReLU
     tensors['grad'][where] = float('inf')
     found = compute(cbam_tail, tensors, torch.float16, True, False)
     for name in ('x', 'shortcut', 'weight', 'bias', 'fc1_weight', 'fc2_weight', 'conv_weight'):
@@ -384,6 +385,7 @@ def run_on_meta(shape, memory_format, dtype=torch.bfloat16, training=True, mode=
             triton.infer(x, x, p)
 
 
+@pytest.mark.skipif(INTERPRETER, reason='interpreted kernels do not tell what Triton would compile')
 @pytest.mark.parametrize('memory_format', FORMATS)
 def test_new_sizes_compile_nothing_new(memory_format, monkeypatch):
     """Over 20 image sizes, all stages of ResNets and three batches: two tiles for kernels that walk along the map, and
@@ -402,6 +404,7 @@ def test_new_sizes_compile_nothing_new(memory_format, monkeypatch):
         assert count <= limits.get(kernel, 1), kernel
 
 
+@pytest.mark.skipif(INTERPRETER, reason='interpreted kernels do not tell what Triton would compile')
 @pytest.mark.parametrize('training,limit', [(True, 24), (False, 11)])
 def test_launches(training, limit, monkeypatch):
     """At batch 1 they are the time. timm's CBAM has 59 in training and 21 in inference."""
