@@ -18,6 +18,7 @@ PROJECT = tomllib.loads((ROOT / 'pyproject.toml').read_text())['project']
 EXTRAS = PROJECT['optional-dependencies']
 PACKAGE = [path for path in (ROOT / 'timm_cbam').rglob('*.py') if path.parent.name != 'startup']
 TESTS = [*(ROOT / 'tests').glob('*.py')]
+EXTRA_MODULES = dict(demo=('demo',), explain=('explain', 'pictures', 'subject'))
 NOT_DECLARED = {
     'triton',  # PyTorch's own where it has CUDA; without it nothing imports tail_triton.py
     'tomli'}  # pytest's own where Python has no tomllib
@@ -54,11 +55,11 @@ def test_package():
     assert imports(PACKAGE, at_once=True) == names(PROJECT['dependencies'])
 
 
-@pytest.mark.parametrize('extra', ['demo', 'explain'])
+@pytest.mark.parametrize('extra', EXTRA_MODULES)
 def test_extras(extra):
     """They have what is imported in functions of their modules, and in no other module of the package."""
-    own = [path for path in PACKAGE if path.stem == extra]
-    others = [path for path in PACKAGE if path.stem not in ('demo', 'explain')]
+    own = [path for path in PACKAGE if path.stem in EXTRA_MODULES[extra]]
+    others = [path for path in PACKAGE if path.stem not in sum(EXTRA_MODULES.values(), ())]
     assert imports(own) - names(PROJECT['dependencies']) == names(EXTRAS[extra])
     assert imports(others) == imports(others, at_once=True)
 
