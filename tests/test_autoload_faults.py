@@ -105,6 +105,12 @@ def test_changed_while_python_runs(env, change):
     assert result.stderr.count(WARNING) == 1 and 'Traceback' not in result.stderr
 
 
+
+def test_turned_off(env):
+    (env.site / '_timm_cbam_loader.py').unlink()
+    assert env.eval(LIST, TIMM_CBAM_AUTOLOAD='0') == 'resnet'
+
+
 @pytest.mark.parametrize('flags', [[], ['-W', 'error::RuntimeWarning']])
 @pytest.mark.parametrize('stderr', ['sys.stderr.close()', 'sys.stderr = None', 'os.close(2)'])
 def test_nowhere_to_say_so(env, stderr, flags):
