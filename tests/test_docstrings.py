@@ -13,8 +13,9 @@ WITHOUT = {'AttentionMaps', 'attention_maps', 'convert_state_dict'}
 
 @pytest.mark.parametrize('name', sorted(set(timm_cbam.__all__) - WITHOUT))
 def test_example(name):
+    public = {n: getattr(timm_cbam, n) for n in timm_cbam.__all__}
     example, = doctest.DocTestFinder(recurse=False).find(
-        getattr(timm_cbam, name), name, globs={'timm': timm, 'torch': torch, **{n: getattr(timm_cbam, n) for n in timm_cbam.__all__}})
+        public[name], name, globs={'timm': timm, 'torch': torch, **public})
     assert example.examples, f'the docstring of timm_cbam.{name} has no example'
     report = []
     result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE).run(example, out=report.append)
