@@ -183,24 +183,25 @@ def models(tmp_path_factory):
     folder = tmp_path_factory.mktemp('models')
     labels = ['cat', 'dog, hound', '7']
     small = dict(input_size=(3, 96, 96), crop_pct=1.0, num_classes=3, label_names=labels)
+    narrow = dict(channels=[16, 32, 64, 128])
     for name in ('cbam_resnet18', 'resnet18', 'resnet10t'):
-        model = create(name, pretrained_cfg_overlay=small)
+        model = create(name, pretrained_cfg_overlay=small, **narrow)
         nn.init.normal_(model.fc.weight)  # each class is seen somewhere
-        save_model(model, folder / name, model_args={})
+        save_model(model, folder / name, model_args=narrow)
     gray = create('cbam_resnet18_s1', pretrained_cfg_overlay=dict(
-        input_size=(1, 16, 16), mean=(0.5,), std=(0.5,), num_classes=4, pool_size=None))
-    save_model(gray, folder / 'gray', model_args={})
+        input_size=(1, 16, 16), mean=(0.5,), std=(0.5,), num_classes=4, pool_size=None), **narrow)
+    save_model(gray, folder / 'gray', model_args=narrow)
     save_model(create('resnet10t'), folder / 'imagenet', model_args={})
     save_model(create('resnet10t', num_classes=0), folder / 'headless', model_args={})
     for name, kwargs in dict(wide=dict(input_size=(3, 300, 400)), pixel=dict(input_size=(3, 32, 32))).items():
-        model = create('cbam_resnet18', pretrained_cfg_overlay=dict(small, pool_size=None, **kwargs))
+        model = create('cbam_resnet18', pretrained_cfg_overlay=dict(small, pool_size=None, **kwargs), **narrow)
         # the first class is certain for positive reasons, the others have none
         nn.init.zeros_(model.fc.weight)
         model.fc.weight.data[0] = 0.01
         model.fc.bias.data[:] = torch.tensor([20., 0., 0.])
-        save_model(model, folder / name, model_args={})
+        save_model(model, folder / name, model_args=narrow)
     model.fc.bias.data[0] = torch.nan
-    save_model(model, folder / 'nan', model_args={})
+    save_model(model, folder / 'nan', model_args=narrow)
     return {path.name: f'local-dir:{path}' for path in folder.iterdir()}
 
 
@@ -437,7 +438,7 @@ def test_grid(images, compare, models, china, tmp_path, figures, capsys, quick):
             cam = reference_grad_cam(model, x, 0)
             np.testing.assert_allclose(ax.images[1].get_array(), cam, atol=1e-5)
             percent = 100 * model(x).softmax(1)[0, 0]
-            expected = ['cat', f'{percent:.1f} %' if percent > 0.1 else '< 0.1 %']
+            expected = ['cat', '< 0.1 %' if percent < 0.1 else '> 99.9 %' if percent > 99.9 else f'{percent:.1f} %']
             expected += [] if cam.any() else ['no positive evidence']
             assert ax.get_title().replace('\n', ' ').endswith(' '.join(expected))
     assert bars(figure)[0] == [(0, 1)]
