@@ -6,6 +6,8 @@ startup: milliseconds that the start-up hook adds to every start of Python. Two 
 speed: milliseconds of inference or of a training step. The networks take turns, two runs each in a round, of which the
     second is timed; "relative" is the median over rounds of the network's time divided by the plain ResNet's in the
     same round, so that a machine that becomes faster or slower meanwhile does not matter.
+deploy: milliseconds of inference as in speed, in ONNX Runtime and OpenVINO, with batches of 1 and 8, in float32 and
+    int8 (calibrated with noise, so that only its time means something).
 memory: MiB that one forward pass keeps for the backward pass, counted exactly: every storage that autograd saves, once,
     without the parameters, buffers and images, which are there anyway. With --amp the bfloat16 copies of weights count.
 gpu: all that is to be known of a GPU: the tests of the Triton kernels, the seconds that their check takes for each
@@ -21,6 +23,7 @@ operations waits for the scheduler.
 """
 import argparse
 import compileall
+import itertools
 import json
 import platform
 import re
@@ -48,7 +51,7 @@ STARTUP = Path(__file__).parents[1] / 'timm_cbam' / 'startup'
 WARMUP = 3  # rounds
 LIBRARY = tail_cpu.LIBRARY
 NETWORKS = ('plain', 'timm se', 'timm cbam', 'article', 'plain ops', 'torch ops', 'ours')
-GPU_NETWORKS = ('plain', 'timm se', 'timm cbam', 'ours')
+FEW_NETWORKS = ('plain', 'timm se', 'timm cbam', 'ours')  # on GPUs and in other runtimes
 ALL = {  # rows of README's table
     'inference, batch 1': dict(batch=1),
     'inference, batch 8': dict(batch=8),
@@ -201,6 +204,78 @@ def create_run(model: nn.Module, images: torch.Tensor, args: argparse.Namespace)
     return train
 
 
+def measure(
+        runs: Dict[str, Callable[[], None]],
+        args: argparse.Namespace,
+        synchronize: Callable[[], None] = lambda: None,
+) -> List[Dict[str, Any]]:
+    """Time of each network, in turns; the first one is what the others are relative to."""
+    times = {name: [] for name in runs}
+    for _ in tqdm(range(WARMUP + args.runs), desc='speed'):
+        for name, run in runs.items():
+            select_ops(name)
+            run()  # what the network before left in the caches and the heap is not this one's doing
+            synchronize()
+            start = time.perf_counter()
+            run()
+            synchronize()
+            times[name].append(1000 * (time.perf_counter() - start))
+    first = next(iter(times.values()))
+    rows = []
+    for name in times:
+        low, median, high = statistics.quantiles(times[name][WARMUP:], n=4, method='inclusive')
+        ratios = (a / b for a, b in zip(times[name][WARMUP:], first[WARMUP:], strict=True))
+        rows.append({'network': name, 'ms': median, 'iqr_ms': high - low, 'relative': statistics.median(ratios)})
+    return rows
+
+
+def create_onnxruntime(model: nn.Module, images: torch.Tensor, int8: bool, threads: int) -> Callable[[], None]:
+    import onnxruntime
+    from onnxruntime import quantization
+
+    class Reader(quantization.CalibrationDataReader):
+        def __init__(self) -> None:
+            self.inputs = iter([{'x': images.numpy()}])
+
+        def get_next(self) -> Dict[str, Any]:
+            return next(self.inputs, None)
+
+    with TemporaryDirectory() as folder:
+        file, quantized = Path(folder, 'float.onnx'), Path(folder, 'int8.onnx')
+        torch.onnx.export(model, (images,), file, input_names=['x'], dynamo=False, verbose=False)
+        if int8:
+            quantization.quantize_static(file, quantized, Reader(), per_channel=True)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(quantized if int8 else file, options)
+    return lambda: session.run(None, {'x': images.numpy()})
+
+
+def create_openvino(model: nn.Module, images: torch.Tensor, int8: bool, threads: int) -> Callable[[], None]:
+    import openvino
+
+    graph = openvino.convert_model(model, example_input=images)
+    if int8:
+        import nncf
+
+        graph = nncf.quantize(graph, nncf.Dataset([images.numpy()]))
+    graph.reshape(list(images.shape))
+    compiled = openvino.compile_model(
+        graph, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'})
+    return lambda: compiled(images.numpy())
+
+
+def deploy(args: argparse.Namespace) -> None:
+    networks = create_networks(args)
+    for batch, int8, create in itertools.product(
+            (1, 8), (False, True), (create_onnxruntime, create_openvino)):
+        settings = argparse.Namespace(
+            **{**vars(args), 'batch': batch, 'int8': int8, 'runtime': create.__name__.partition('_')[2]})
+        images = create_images(settings)
+        runs = {name: create(networks[name].eval(), images, int8, args.threads) for name in FEW_NETWORKS}
+        report(settings, measure(runs, settings))
+
+
 def speed_all(args: argparse.Namespace) -> None:
     """All rows of ALL in both formats; prints a Markdown table of the medians relative to plain."""
     table = {}
@@ -221,27 +296,14 @@ def speed(args: argparse.Namespace) -> List[Dict[str, Any]]:
     torch.set_num_threads(args.threads)
     synchronize = torch.cuda.synchronize if args.device == 'cuda' else lambda: None
     images = create_images(args)
-    names = set(GPU_NETWORKS if args.device == 'cuda' else NETWORKS)
+    names = set(FEW_NETWORKS if args.device == 'cuda' else NETWORKS)
     if args.compile:
         names -= {'plain ops', 'torch ops'}  # the compiler gets plain operations without a library
     runs = {name: create_run(model, images, args) for name, model in create_networks(args).items() if name in names}
-    times = {name: [] for name in runs}
-    for _ in tqdm(range(WARMUP + args.runs), desc='speed'):
-        for name, run in runs.items():
-            select_ops(name)
-            run()  # what the network before left in the caches and the heap is not this one's doing
-            synchronize()
-            start = time.perf_counter()
-            run()
-            synchronize()
-            times[name].append(1000 * (time.perf_counter() - start))
-    rows = []
-    for name in times:
-        low, median, high = statistics.quantiles(times[name][WARMUP:], n=4, method='inclusive')
-        ratios = (a / b for a, b in zip(times[name][WARMUP:], times['plain'][WARMUP:], strict=True))
-        rows.append({'network': name, 'ms': median, 'iqr_ms': high - low, 'relative': statistics.median(ratios)})
-        if args.device == 'cuda':
-            rows[-1]['peak_mib'] = peak_mib(runs[name])
+    rows = measure(runs, args, synchronize)
+    if args.device == 'cuda':
+        for row in rows:
+            row['peak_mib'] = peak_mib(runs[row['network']])
     report(args, rows)
     return rows
 
@@ -368,6 +430,13 @@ def main() -> None:
     add_network_options(command)
     command.add_argument('--runs', type=int, default=20)
     command.set_defaults(run=gpu, device='cuda', threads=2)
+    command = commands.add_parser('deploy', help='time of inference in ONNX Runtime and OpenVINO')
+    command.add_argument('--depth', type=int, choices=(18, 34, 50, 101, 152), default=50)
+    command.add_argument('--size', type=int, default=224, help='of the images')
+    command.add_argument('--threads', type=int, default=2)
+    command.add_argument('--runs', type=int, default=20)
+    command.add_argument('--json', type=Path, metavar='FILE', help='append a line of JSON for each network')
+    command.set_defaults(run=deploy, device='cpu', channels_last=False)
     command = commands.add_parser('memory', help='memory kept for the backward pass')
     add_network_options(command)
     command.add_argument('--batch', type=int, default=2)
