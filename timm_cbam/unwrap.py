@@ -22,7 +22,7 @@ _BLOCKS = (
 # What torch.compile, FullyShardedDataParallel and activation checkpointing put into names, also in the middle
 _WRAPPERS = re.compile(r'(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 # What is saved with weights and is none: counters of AveragedModel (SWA) and thop, extra state, losses and metrics
-_STRAYS = re.compile(r'((.*\.)?(n_averaged|total_ops|total_params|_extra_state)|(criterion|loss|loss_fn|metrics?)\..*)')
+_STRAYS = re.compile(r'/?((.*\.)?(n_averaged|total_ops|total_params|_extra_state)|(criterion|loss|loss_fn|metric)\..*)')
 # The order in which timm's own loader looks for containers, which gets to see the file first
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 _DEPTH = 4  # of containers in containers
@@ -275,7 +275,8 @@ def unwrap(
             k: v for k, v in candidate.container.items() if isinstance(k, str) and not k.startswith(candidate.prefix)}
         if prefix is None:
             for key, value in outside.items():
-                name = key if key not in weights.values else f'/{key}'
+                # where names are numbers alone, 1.2.weight of a head would be that of a stem
+                name = key if key not in weights.values and '4.0.conv1.weight' not in weights.values else f'/{key}'
                 weights.values[name], weights.origin[name] = value, '.'.join((*candidate.path, key))
         elif outside:
             weights.notes.append(f'Not under {prefix!r}, dropped: {shorten(list(outside))}')
