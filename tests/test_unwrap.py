@@ -241,3 +241,20 @@ def test_children_in_a_sequence(head, theirs, caplog):
         found = find_weights({f'{prefix}{k}': v for k, v in body[0].state_dict().items()}, ours).values
         assert set(found) == {k for k in net.state_dict() if k[:3] != 'fc.'} or '.se.' in ''.join(found)
         assert all(torch.equal(v, state[k]) for k, v in found.items() if '.se.' not in k and '.bn2.' not in k)
+
+
+def test_two_names_of_one_weight(theirs):
+    net, ours = theirs
+    state_dict = net.state_dict()
+    state_dict['_orig_mod.bn1.weight'] = torch.zeros(64)
+    with pytest.raises(RuntimeError, match='bn1.weight and _orig_mod.bn1.weight are names of one weight, bn1.weight'):
+        convert_state_dict(state_dict, ours)
+
+
+def test_lengths_that_do_not_go_with_directions(theirs):
+    """PyTorch's own operation writes where it must not."""
+    net, ours = theirs
+    state_dict = dict(net.state_dict(), **{'conv1.weight_g': torch.zeros(3, 1, 1, 1)})
+    state_dict['conv1.weight_v'] = state_dict.pop('conv1.weight')
+    with pytest.raises(RuntimeError, match='conv1.weight_g, conv1.weight_v do not go together as weight_norm'):
+        convert_state_dict(state_dict, ours)

@@ -5,6 +5,7 @@ looked up in a list: what is looked for is a ResNet's blocks, and what stands be
 The rest must be accounted for, so that nothing is lost in silence.
 """
 import re
+from collections import Counter
 from typing import Any, Callable, Collection, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -39,8 +40,17 @@ class Weights:
         self._renamed: List[List[Tuple[str, str]]] = []
 
     def rename(self, new_name: Callable[[str], str]) -> None:
+        """Rename all.
+
+        Raises:
+            RuntimeError: If two would have one name, so that one of them were lost.
+        """
         names = {key: new_name(key) for key in self.values}
         if any(key != name for key, name in names.items()):
+            same = [name for name, count in Counter(names.values()).items() if count > 1]
+            if same:
+                both = ' and '.join(self.origin[key] for key, name in names.items() if name == same[0])
+                raise RuntimeError(f'{both} are names of one weight, {same[0]}. Remove what is not meant.')
             self.values = {names[key]: value for key, value in self.values.items()}
             self.origin = {names[key]: name for key, name in self.origin.items()}
 

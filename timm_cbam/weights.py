@@ -359,18 +359,13 @@ def find_weights(
     return _form(_name(unwrap(checkpoint, own, fits, prefix), own), own, max_first)
 
 
-def to_native_layout(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rename and reorder the weights of any known layout, return those of an unknown one as they are."""
-    return find_weights(state_dict).values
-
-
 def name_weights(checkpoint: Mapping[Any, Any], prefix: Optional[str] = None) -> Found:
     """Give the weights in a checkpoint this package's names, and leave their values as they are."""
     return _name(unwrap(checkpoint, prefix=prefix), {})
 
 
 def from_native_layout(state_dict: Mapping[str, torch.Tensor], layout: Layout) -> Dict[str, torch.Tensor]:
-    """The inverse of :func:`to_native_layout`, for a state dict of a model that the layout's code can build."""
+    """The inverse of :func:`find_weights`, for a state dict of a model that the layout's code can build."""
     out = {}
     names = [(ours, theirs) for theirs, ours in layout.parts]
     for key, value in state_dict.items():
