@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import timm_cbam.convert
 from timm_cbam.cli import main
-from timm_cbam.weights import to_native_layout
+from timm_cbam.weights import find_weights
 
 
 def published(source):
@@ -64,7 +64,7 @@ def test_published_checkpoint(source, tmp_path, capsys):
     (source, name) for source, name, _ in golden_cases() if not name.startswith('cbam_resnet18')])
 def test_depth_and_stem_are_inferred(source, name):
     case = golden_case(source, name)
-    shapes = to_native_layout({k: torch.empty(shape, device='meta') for k, shape in case['keys']})
+    shapes = find_weights({k: torch.empty(shape, device='meta') for k, shape in case['keys']}).values
     assert timm_cbam.convert._infer_model(shapes, None) == (name, {})
 
 

@@ -39,10 +39,15 @@ def assert_same(ours, theirs):
     assert relative_error(copy.deepcopy(ours).double()(IMAGES), expected) < 1e-9
 
 
-@pytest.mark.parametrize('trunk', [
+TRUNKS = [
     {}, dict(bottleneck=True), dict(small=True, shortcut='shortcut', head='linear'),
-    dict(small=True, bottleneck=True, head='classifier')], ids=str)
-@pytest.mark.parametrize('attention', ATTENTION)
+    dict(small=True, bottleneck=True, head='classifier')]
+
+
+# test_wild.py has more of their products
+@pytest.mark.parametrize('attention,trunk', [
+    *((attention, {}) for attention in ATTENTION),
+    *((attention, trunk) for attention in ('none', 'elbuco1', 'community_fc1') for trunk in TRUNKS[1:])], ids=str)
 def test_equal_logits(attention, trunk, caplog):
     theirs = Network(attention, **trunk)
     small, bottleneck = trunk.get('small', False), trunk.get('bottleneck', False)
@@ -153,3 +158,22 @@ def test_nothing_is_said_of_what_is_ours(caplog):
     model = create('none')
     model.load_state_dict(model.state_dict())
     assert not caplog.records and find_weights(model.state_dict()).weights.notes == []
+
+
+@pytest.mark.parametrize('attention,kwargs,name,to', [
+    ('elbuco1', dict(small=True, shortcut='shortcut', head='linear'), 'cbam_resnet18_s1', None),
+    ('community_fc1 in cbam', {}, 'cbam_resnet18', 'community_fc1'),
+    ('official in att', dict(small=True), 'cbam_resnet18_s1', None),
+], ids=lambda v: v if isinstance(v, str) else '')
+def test_convert_and_verify(attention, kwargs, name, to, tmp_path, capsys):
+    theirs = Network(attention, layers=(2, 2, 2, 2), channels=(64, 128, 256, 512), **kwargs)
+    torch.save(dict(net=theirs.state_dict(), acc=95.1, epoch=200), tmp_path / 'ckpt.pth')
+    assert main(['convert', str(tmp_path / 'ckpt.pth'), str(tmp_path / 'b'), '--verify']) == 0
+    ours = timm.create_model(f'local-dir:{tmp_path}/b', pretrained=True, dtype=torch.float64).eval()
+    assert ours.pretrained_cfg['architecture'] == name
+    assert_same(ours, theirs)
+    if to:
+        back = tmp_path / 'back.pth'
+        assert main(['convert', str(tmp_path / 'ckpt.pth'), str(back), '--verify', '--to', to]) == 0
+        loaded = {k.replace('.ca.', '.cbam.ca.').replace('.sa.', '.cbam.sa.'): v for k, v in torch.load(back).items()}
+        theirs.load_state_dict(loaded)

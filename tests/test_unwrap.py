@@ -36,7 +36,7 @@ PREFIXES = [
     'encoder_q.module.model.', '_fsdp_wrapped_module.']
 
 
-@pytest.fixture(scope='module', params=['community_fc1', 'official in cbam', 'none'])
+@pytest.fixture(scope='module', params=['official in cbam', 'none'])
 def theirs(request):
     torch.manual_seed(0)
     kwargs = dict(cbam_args=dict(mlp_bias=True, spatial_norm=True)) if 'official' in request.param else {}
@@ -67,7 +67,7 @@ def assert_loads(checkpoint, ours, state, **kwargs):
 @pytest.mark.parametrize('container', CONTAINERS)
 def test_containers(container, theirs):
     state = expected(*theirs)
-    for prefix in ('', 'module.', 'model.backbone.'):
+    for prefix in ('', 'model.backbone.'):
         state_dict = {prefix + k: v for k, v in theirs[0].state_dict().items()}
         assert_loads(CONTAINERS[container](state_dict), theirs[1], state)
 
@@ -225,3 +225,36 @@ def test_own_model_with_more_in_it(theirs):
     result = fresh.load_state_dict(ours.state_dict())
     assert not result.missing_keys and not result.unexpected_keys
     assert all(torch.equal(v, fresh.state_dict()[k]) for k, v in ours.state_dict().items())
+
+
+@pytest.mark.parametrize('head', [False, True], ids=['body', 'with classifier'])
+def test_children_in_a_sequence(head, theirs, caplog):
+    """As fastai cuts a network, and feature extractors do."""
+    net, ours = theirs
+    state = expected(net, ours)
+    children = [net.conv1, net.bn1, nn.ReLU(), nn.MaxPool2d(3), net.layer1, net.layer2, net.layer3, net.layer4]
+    body = nn.Sequential(nn.Sequential(*children), nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), net.fc))
+    if head:
+        assert_loads(dict(model=body.state_dict(), opt=dict(hypers=[{}])), ours, state)
+        assert '1.2.weight is taken for the weight of the classifier' in caplog.text
+    for prefix in ('', 'backbone.'):
+        found = find_weights({f'{prefix}{k}': v for k, v in body[0].state_dict().items()}, ours).values
+        assert set(found) == {k for k in net.state_dict() if k[:3] != 'fc.'} or '.se.' in ''.join(found)
+        assert all(torch.equal(v, state[k]) for k, v in found.items() if '.se.' not in k and '.bn2.' not in k)
+
+
+def test_two_names_of_one_weight(theirs):
+    net, ours = theirs
+    state_dict = net.state_dict()
+    state_dict['_orig_mod.bn1.weight'] = torch.zeros(64)
+    with pytest.raises(RuntimeError, match='bn1.weight and _orig_mod.bn1.weight are names of one weight, bn1.weight'):
+        convert_state_dict(state_dict, ours)
+
+
+def test_lengths_that_do_not_go_with_directions(theirs):
+    """PyTorch's own operation writes where it must not."""
+    net, ours = theirs
+    state_dict = dict(net.state_dict(), **{'conv1.weight_g': torch.zeros(3, 1, 1, 1)})
+    state_dict['conv1.weight_v'] = state_dict.pop('conv1.weight')
+    with pytest.raises(RuntimeError, match='conv1.weight_g, conv1.weight_v do not go together as weight_norm'):
+        convert_state_dict(state_dict, ours)

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from timm.models import get_arch_pretrained_cfgs, get_pretrained_cfg
 from torch.nn import functional as F
 
-from timm_cbam import convert_state_dict
+from timm_cbam import CbamResNet, convert_state_dict
 from timm_cbam.ops import native
 
 
@@ -303,10 +303,11 @@ WRAPPERS = {
 def test_at_any_depth(wrapper):
     wrap, name = WRAPPERS[wrapper]
     theirs, ours = plain(), timm.create_model('cbam_resnet18')
-    wrapped = wrap(ours).eval()
+    wrapped = wrap(ours)
     result = wrapped.load_state_dict({name.format(k): v for k, v in theirs.state_dict().items()})
     assert not result.missing_keys and not result.unexpected_keys
-    assert torch.equal(wrapped(images()), theirs(images()))
+    ours = next(m for m in wrapped.modules() if isinstance(m, CbamResNet)).eval()
+    assert torch.equal(ours(images(32)), theirs(images(32)))
 
 
 def test_at_any_depth_and_once_only(trained):
@@ -416,17 +417,21 @@ def test_unknown_attention_is_not_dropped(key, named, trained, caplog):
     result = trained.load_state_dict(theirs, strict=False)
     assert result.unexpected_keys == [key] and set(before) <= set(result.missing_keys)
     assert all(torch.equal(v, before[k]) for k, v in gates_of(trained).items())
-    assert named in caplog.text and 'Attention stays as it is' in caplog.text
+    assert named in caplog.text and 'The attention of the model stays as it is' in caplog.text
     for load in (trained.load_state_dict, lambda state_dict: convert_state_dict(state_dict, trained)):
         with pytest.raises(RuntimeError, match=named):
             load(theirs)
 
 
-@pytest.mark.parametrize('head', ['head.fc', 'classifier', 'projector.0', 'fc.1'])
+@pytest.mark.parametrize(
+    'head', [['projector.0'], ['fc.0', 'fc.2'], ['1.2', '1.4', '1.8'], ['heads.a', 'heads.b']], ids=str)
 def test_body_of_a_resnet_with_another_head(head, trained):
-    theirs = plain()
-    state_dict = {k.replace('fc.', f'{head}.') if k.startswith('fc.') else k: v for k, v in theirs.state_dict().items()}
+    theirs, before = plain(), copy.deepcopy(trained.fc)
+    state_dict = {k: v for k, v in theirs.state_dict().items() if not k.startswith('fc.')}
+    state_dict.update({f'{name}.{k}': v for name in head for k, v in theirs.fc.state_dict().items()})
     result = trained.load_state_dict(state_dict, strict=False)
-    assert result.missing_keys == ['fc.weight', 'fc.bias']
-    assert result.unexpected_keys == [f'{head}.weight', f'{head}.bias']
+    assert result.missing_keys == ['fc.weight', 'fc.bias'] and torch.equal(trained.fc.weight, before.weight)
+    assert result.unexpected_keys == [f'{name}.{k}' for name in head for k in ('weight', 'bias')]
     assert torch.equal(trained.forward_features(images()), theirs.forward_features(images()))
+    with pytest.raises(RuntimeError, match=f'differs in its head: it has {head[0]}.weight'):
+        trained.load_state_dict(state_dict)

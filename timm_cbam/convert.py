@@ -137,19 +137,16 @@ def _build(found: Found, model_name: Optional[str], source: str) -> Tuple[nn.Mod
     return model.eval(), model_args
 
 
-def _assumed(found: Found, model: nn.Module, max_first: Optional[bool]) -> List[str]:
+def _assumed(found: Found, max_first: Optional[bool]) -> List[str]:
     """What names and shapes cannot show, and was taken for granted."""
     assumed = []
-    if 'layer1.0.conv3.weight' in found.values and not _is_own(found):
+    is_own = found.layout is None and not found.is_plain
+    if 'layer1.0.conv3.weight' in found.values and not is_own:
         assumed.append('blocks stride in their 3x3 convolution, as those of timm and torchvision do')
     if found.layout is not None and not found.is_plain and max_first is None:
         order = 'the maximum before the average' if found.layout.max_first else 'the average before the maximum'
         assumed.append(f'the spatial attention has {order} (--spatial-order says otherwise)')
     return assumed
-
-
-def _is_own(found: Found) -> bool:
-    return found.layout is None and not found.is_plain
 
 
 def _export(model: nn.Module, model_args: Dict[str, Any], to: str) -> Dict[str, Any]:
@@ -324,6 +321,6 @@ def convert(
     print(f'{src}: {found.describe()}: {name}, {model.num_classes} classes, {model_args or "default arguments"}')
     for note in found.weights.notes:
         print(note)
-    for assumed in _assumed(found, model, max_first):
+    for assumed in _assumed(found, max_first):
         print(f'assumed, because names cannot show it: {assumed}')
     print(f'{dst}' if to else f"timm.create_model('local-dir:{dst}', pretrained=True)")

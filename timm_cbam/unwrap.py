@@ -5,6 +5,7 @@ looked up in a list: what is looked for is a ResNet's blocks, and what stands be
 The rest must be accounted for, so that nothing is lost in silence.
 """
 import re
+from collections import Counter
 from typing import Any, Callable, Collection, Dict, Iterable, Iterator, List, Mapping, NamedTuple, Optional, Tuple
 
 import numpy as np
@@ -22,7 +23,7 @@ _BLOCKS = (
 # What torch.compile, FullyShardedDataParallel and activation checkpointing put into names, also in the middle
 _WRAPPERS = re.compile(r'(^|(?<=\.))(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.')
 # What is saved with weights and is none: counters of AveragedModel (SWA) and thop, extra state, losses and metrics
-_STRAYS = re.compile(r'((.*\.)?(n_averaged|total_ops|total_params|_extra_state)|(criterion|loss|loss_fn|metrics?)\..*)')
+_STRAYS = re.compile(r'/?((.*\.)?(n_averaged|total_ops|total_params|_extra_state)|(criterion|loss|loss_fn|metric)\..*)')
 # The order in which timm's own loader looks for containers, which gets to see the file first
 _CONTAINERS = ('state_dict_ema', 'model_ema', 'state_dict', 'model')
 _DEPTH = 4  # of containers in containers
@@ -39,8 +40,17 @@ class Weights:
         self._renamed: List[List[Tuple[str, str]]] = []
 
     def rename(self, new_name: Callable[[str], str]) -> None:
+        """Rename all.
+
+        Raises:
+            RuntimeError: If two would have one name, so that one of them were lost.
+        """
         names = {key: new_name(key) for key in self.values}
         if any(key != name for key, name in names.items()):
+            same = [name for name, count in Counter(names.values()).items() if count > 1]
+            if same:
+                both = ' and '.join(self.origin[key] for key, name in names.items() if name == same[0])
+                raise RuntimeError(f'{both} are names of one weight, {same[0]}. Remove what is not meant.')
             self.values = {names[key]: value for key, value in self.values.items()}
             self.origin = {names[key]: name for key, name in self.origin.items()}
 
@@ -275,7 +285,8 @@ def unwrap(
             k: v for k, v in candidate.container.items() if isinstance(k, str) and not k.startswith(candidate.prefix)}
         if prefix is None:
             for key, value in outside.items():
-                name = key if key not in weights.values else f'/{key}'
+                # where names are numbers alone, 1.2.weight of a head would be that of a stem
+                name = key if key not in weights.values and '4.0.conv1.weight' not in weights.values else f'/{key}'
                 weights.values[name], weights.origin[name] = value, '.'.join((*candidate.path, key))
         elif outside:
             weights.notes.append(f'Not under {prefix!r}, dropped: {shorten(list(outside))}')

@@ -165,7 +165,7 @@ LAYOUTS = {
         reason='its blocks stride in their first 1x1 convolution, here in the 3x3',
     ),
     'network': Layout(
-        'a ResNet with attention between its stages', '', r'^(ca|sa|cbam)_?\d*\.',
+        'a ResNet with attention between its stages', '', r'^/?(ca|sa|cbam)_?\d*\.',
         reason='its attention stands after the stem or a stage, here in every block',
     ),
     'se': Layout(
@@ -184,7 +184,7 @@ _SEQUENTIAL = (('^0.', '^conv1.'), ('^1.', '^bn1.'), *((f'^{i + 3}.', f'^layer{i
 
 # A classifier, of any name, is no attention.
 _HEAD = (
-    r'((fc|head|heads|classifier|cls|linear|last_linear|output|logits|projector|projection_head|predictor)\d*\.|'
+    r'/?((fc|head|heads|classifier|cls|linear|last_linear|output|logits|projector|projection_head|predictor)\d*\.|'
     r'\d+\.(\d+\.)?(weight|bias|running_mean|running_var|num_batches_tracked)$)')
 # What ResNets of timm and torchvision have
 _PLAIN = re.compile(rf'({_BLOCK})?(conv|bn|act)\d\.|{_BLOCK}downsample\.|maxpool\.|{_HEAD}')
@@ -314,6 +314,8 @@ def _name_head(weights: Weights, own: Mapping[str, torch.Size]) -> None:
     """Take a classifier of one linear layer as ours, whatever its name is."""
     head = [key for key in weights.values if re.match(_HEAD, key) and key not in own]
     name = head[0].rpartition('.')[0] if head else 'fc'
+    if name.startswith(('proj', 'predictor')):  # of self-supervised training, which classify nothing
+        return
     weight = weights.values.get(f'{name}.weight')
     if name == 'fc' or 'fc.weight' in weights.values or not {*head} <= {f'{name}.weight', f'{name}.bias'}:
         return
@@ -357,18 +359,13 @@ def find_weights(
     return _form(_name(unwrap(checkpoint, own, fits, prefix), own), own, max_first)
 
 
-def to_native_layout(state_dict: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Rename and reorder the weights of any known layout, return those of an unknown one as they are."""
-    return find_weights(state_dict).values
-
-
 def name_weights(checkpoint: Mapping[Any, Any], prefix: Optional[str] = None) -> Found:
     """Give the weights in a checkpoint this package's names, and leave their values as they are."""
     return _name(unwrap(checkpoint, prefix=prefix), {})
 
 
 def from_native_layout(state_dict: Mapping[str, torch.Tensor], layout: Layout) -> Dict[str, torch.Tensor]:
-    """The inverse of :func:`to_native_layout`, for a state dict of a model that the layout's code can build."""
+    """The inverse of :func:`find_weights`, for a state dict of a model that the layout's code can build."""
     out = {}
     names = [(ours, theirs) for theirs, ours in layout.parts]
     for key, value in state_dict.items():
