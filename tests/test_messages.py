@@ -252,3 +252,23 @@ def test_missing_weights_are_named_as_in_the_file():
         'cbam_resnet18_eccv18', layers=(1, 1, 1, 1), channels=(16, 32, 64, 128), num_classes=10)
     with pytest.raises(RuntimeError, match='Missing: module.layer2.0.att.ChannelGate.mlp.3.weight\n'):
         convert_state_dict(theirs, model)
+
+
+@pytest.mark.slow
+def test_folders_of_transformers_and_accelerate(tmp_path):
+    """Written by them, not as we think that they are written."""
+    from accelerate import Accelerator
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    wrapper = TimmWrapperForImageClassification(TimmWrapperConfig(architecture='resnet18', num_labels=10)).eval()
+    wrapper.save_pretrained(tmp_path / 'transformers')
+    accelerator, theirs = Accelerator(cpu=True), wrapper.timm_model
+    accelerator.save_model(theirs, tmp_path / 'shards', max_shard_size='20MB')
+    assert len(list((tmp_path / 'shards').glob('*.safetensors'))) > 1
+    accelerator.prepare(theirs)
+    accelerator.save_state(tmp_path / 'state')
+    x = torch.randn(1, 3, 64, 64)
+    for name in ('transformers', 'shards', 'state'):
+        timm_cbam.convert.convert(tmp_path / name, tmp_path / f'{name}-ours')
+        ours = timm.create_model(f'local-dir:{tmp_path / name}-ours', pretrained=True).eval()
+        assert torch.equal(ours(x), theirs(x)), name
