@@ -163,8 +163,8 @@ def test_equals_float64_reference(
 
 
 def mean_errors(shape, dtype, samples, **kwargs):
-    """Of the operator and of plain operations, over three quarters of the cases: in bfloat16 rounding decides on maxima,
-    and where one goes to another place a gradient is half wrong, by whatever operations."""
+    """Of the operator and of plain operations, in three quarters of the cases: in bfloat16 rounding decides on maxima,
+    and where one goes elsewhere, a gradient is half wrong, by whatever operations."""
     found = {}
     for seed in range(samples):
         values = make(shape, dtype, seed=seed, offset=kwargs.get('offset', 0.))
