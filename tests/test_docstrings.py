@@ -7,8 +7,7 @@ import torch
 
 import timm_cbam
 
-# What attention_maps returns, whose example shows it, and two whose docstrings are being rewritten elsewhere
-WITHOUT = {'AttentionMaps', 'attention_maps', 'convert_state_dict'}
+WITHOUT = {'AttentionMaps'}  # what attention_maps returns, whose example shows it
 
 
 @pytest.mark.parametrize('name', sorted(set(timm_cbam.__all__) - WITHOUT))

@@ -54,6 +54,12 @@ def attention_maps(model: nn.Module, x: torch.Tensor) -> Dict[str, AttentionMaps
 
     Raises:
         ValueError: If the model has no Cbam layer.
+
+    Example:
+        >>> model = timm.create_model('cbam_resnet18_s1', num_classes=10)
+        >>> maps = attention_maps(model, torch.randn(2, 3, 32, 32))
+        >>> maps['layer2.0.se'].channel.shape, maps['layer2.0.se'].spatial.shape
+        (torch.Size([2, 128]), torch.Size([2, 16, 16]))
     """
     maps: Dict[str, AttentionMaps] = {}
 

@@ -546,6 +546,15 @@ def convert_state_dict(
         RuntimeError: If weights of the model are missing or others are left over; says which layout it looks like.
             Also if it is not clear which weights are meant, and if a plain ResNet cannot be continued exactly, because
             of the stem, gate_layer or norm_layer.
+
+    Example:
+        >>> resnet, model = timm.create_model('resnet18').eval(), timm.create_model('cbam_resnet18').eval()
+        >>> state_dict = convert_state_dict({'epoch': 3, 'state_dict': resnet.state_dict()}, model)
+        >>> model.load_state_dict(state_dict)
+        <All keys matched successfully>
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.equal(model(x), resnet(x))
+        True
     """
     found = find_weights(state_dict, model, prefix)
     out = fit_weights(found, model)
