@@ -290,10 +290,9 @@ def forward(parts: Parts, x: torch.Tensor) -> torch.Tensor:
     shortcut = x
     x = _run(x, branch)
     bn = se.spatial.bn
+    training = torch.is_grad_enabled() or norm.training or type(bn) is nn.BatchNorm2d and bn.training
     # more than one value for each channel, as batch-norm wants in training
-    fits = (
-        _suits(norm, x) and x.numel() > x.shape[1]
-        and _is_served(x, training=torch.is_grad_enabled() or norm.training or bn.training))
+    fits = _suits(norm, x) and x.numel() > x.shape[1] and _is_served(x, training)
     if fits and downsample is not None:
         shortcut = _run(shortcut, downsample)
     if not fits or x.shape != shortcut.shape or x.dtype != shortcut.dtype:  # timm's way, to timm's error or broadcast
