@@ -23,7 +23,6 @@ from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
 from sklearn.datasets import load_digits
 from timm import create_model
-from timm.models import ResNet
 from timm.models.resnet import BasicBlock
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
@@ -84,7 +83,9 @@ def _create(cbam_args: Optional[Dict[str, Any]], seed: int) -> nn.Module:
     shared = {k: v for k, v in create_model(_SETTINGS['model'], **kwargs).state_dict().items() if '.se.' not in k}
     random_seed(seed)
     model = create_model(_SETTINGS['model'], cbam_args=cbam_args, **kwargs)
-    ResNet.load_state_dict(model, shared, strict=False)  # the gates keep their initialisation
+    for key, value in model.state_dict().items():
+        if key in shared:  # not by load_state_dict, which would make a warm start of the gates
+            value.copy_(shared[key])
     if cbam_args is None:
         for block in model.modules():
             if isinstance(block, BasicBlock):

@@ -17,7 +17,6 @@ import torch
 from matplotlib.figure import Figure
 from sklearn.datasets import load_digits
 from timm import create_model
-from timm.models import ResNet
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import random_seed
@@ -81,7 +80,9 @@ def _train(model: nn.Module, train, test, epochs: int, progress: tqdm) -> List[f
 def _create(way: str, state_dict: Dict[str, torch.Tensor], classifier: Dict[str, torch.Tensor]) -> nn.Module:
     model = create_model(_MODEL if way == 'plain ResNet' else f'cbam_{_MODEL}', num_classes=5)
     if way == 'CBAM, default init':
-        ResNet.load_state_dict(model, state_dict, strict=False)  # the gates keep their initialisation
+        for key, value in model.state_dict().items():
+            if key in state_dict:  # not by load_state_dict, which would make a warm start of the gates
+                value.copy_(state_dict[key])
     else:
         model.load_state_dict(state_dict)
     model.fc.load_state_dict(classifier)
