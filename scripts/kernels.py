@@ -5,14 +5,16 @@ python scripts/kernels.py [--targets 80 90]
 
 prints, for each target, kernel, memory format and dtype: registers of a thread, bytes that it spills, bytes of shared
 memory, warps that a multiprocessor holds at that, and the widest load and store in bytes. Kernels get the arguments
-that a block of ResNet-50 (256 channels, 56 x 56 pixels, 256 images) gives them.
+that a block of ResNet-50 gives them.
 """
 import argparse
 import re
 import subprocess
 import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, NamedTuple, Tuple
+from unittest.mock import patch
 
 import torch
 import triton
@@ -21,6 +23,7 @@ from triton.compiler import ASTSource, CompiledKernel
 
 from timm_cbam.ops import Tail, tail_triton
 
+SHAPE = (256, 256, 56, 56)
 TARGETS = (80, 86, 89, 90, 100, 120)
 PROCESSORS = 132  # an H100's
 WARPS = 4  # of a program
@@ -30,8 +33,6 @@ REGISTERS = 65536
 FORMATS = {'nchw': torch.contiguous_format, 'channels_last': torch.channels_last}
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16}
 TYPES = {torch.float32: '*fp32', torch.bfloat16: '*bf16', torch.float16: '*fp16', torch.float64: '*fp64'}
-# Times that each kernel reads or writes something of a map's size
-MAPS = dict(_pool_space=1, _pool_channels=1, _gate_add=3, _a=4, _b=1, _c=3, _norm_relu=2)
 
 
 class Launch(NamedTuple):
@@ -46,14 +47,10 @@ def kernels() -> Dict[str, triton.runtime.JITFunction]:
         if isinstance(value, triton.runtime.JITFunction) and any(n.startswith('BLOCK_') for n in value.arg_names)}
 
 
-def launches(
-        dtype: torch.dtype,
-        memory_format: torch.memory_format,
-        shape: Tuple[int, ...] = (256, 256, 56, 56),
-        processors: int = PROCESSORS,
-) -> List[Launch]:
-    """What a block launches in a training step and in inference: nothing runs, maps are on meta."""
-    found = []
+@contextmanager
+def recorded(processors: int = PROCESSORS) -> Iterator[List[Launch]]:
+    """In this context kernels are not launched, but put into a list; as on a GPU with that many multiprocessors."""
+    found: List[Launch] = []
 
     class Recorder:
         def __init__(self, kernel):
@@ -63,28 +60,42 @@ def launches(
             return lambda *args, **kwargs: found.append(
                 Launch(self.kernel, {**dict(zip(self.kernel.arg_names, args, strict=False)), **kwargs}))
 
-    b, c, h, w = shape
-    x = torch.empty(shape, dtype=dtype, device='meta', memory_format=memory_format)
-    r = max(1, c // 16)
+    replacements = {name: Recorder(kernel) for name, kernel in kernels().items()}
+    with patch.multiple(tail_triton, **replacements, _processors=lambda device: processors):
+        yield found
 
-    def small(*size: int) -> torch.Tensor:
-        return torch.empty(size, device='meta', dtype=torch.promote_types(dtype, torch.float32))
 
+def _maps(shape: Tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format, count: int) -> Iterator:
+    return (torch.empty(shape, dtype=dtype, device='meta', memory_format=memory_format) for _ in range(count))
+
+
+def _small(dtype: torch.dtype, *size: int) -> torch.Tensor:
+    return torch.empty(size, device='meta', dtype=torch.promote_types(dtype, torch.float32))
+
+
+def run_tail(
+        shape: Tuple[int, ...],
+        dtype: torch.dtype,
+        memory_format: torch.memory_format,
+        training: bool,
+) -> None:
+    """A training step or inference of a block's tail on meta, where nothing is computed."""
+    x, out = _maps(shape, dtype, memory_format, 2)
+    c, r = shape[1], max(1, shape[1] // 16)
+    sizes = (c,), (c,), (c,), (c,), (r, c, 1, 1), None, (c, r, 1, 1), None, (1, 2, 7, 7)
     p = Tail(
-        *(small(c) for _ in range(4)), small(r, c, 1, 1), None, small(c, r, 1, 1), None, small(1, 2, 7, 7),
-        *(None,) * 5, training=True, eps=1e-5, bn_training=False, bn_eps=0.)
-    originals = {**kernels(), '_processors': tail_triton._processors}
-    try:
-        for name, kernel in kernels().items():
-            setattr(tail_triton, name, Recorder(kernel))
-        tail_triton._processors = lambda device: processors
-        tail_triton.backward(x, x, x, p, tail_triton.forward(x, x, torch.empty_like(x), p))
-        tail_triton.infer(x, x, p._replace(training=False))
-        tail_triton.norm_relu(x, *p[:4], p.eps, True)
-    finally:
-        for name, original in originals.items():
-            setattr(tail_triton, name, original)
-    return found
+        *(None if size is None else _small(dtype, *size) for size in sizes), *(None,) * 5, training=training, eps=1e-5,
+        bn_training=False, bn_eps=0.)
+    if training:
+        tail_triton.backward(x, x, out, p, tail_triton.forward(x, x, out, p))
+    else:
+        tail_triton.infer(x, x, p)
+
+
+def run_norm(shape: Tuple[int, ...], dtype: torch.dtype, memory_format: torch.memory_format) -> None:
+    """Batch-norm and ReLU of another of the block's layers, in inference"""
+    x, = _maps(shape, dtype, memory_format, 1)
+    tail_triton.norm_relu(x, *(_small(dtype, shape[1]) for _ in range(4)), 1e-5, True)
 
 
 def build(launch: Launch, capability: int) -> CompiledKernel:
@@ -129,8 +140,11 @@ def table(targets: Tuple[int, ...]) -> Iterator[Dict[str, Any]]:
     for capability in targets:
         for format_name, memory_format in FORMATS.items():
             for dtype_name, dtype in DTYPES.items():
+                with recorded() as launches:
+                    run_tail(SHAPE, dtype, memory_format, True)  # the kernels of inference are among these
+                    run_norm(SHAPE, dtype, memory_format)
                 seen = set()
-                for launch in launches(dtype, memory_format):
+                for launch in launches:
                     name = launch.kernel.__name__
                     if name not in seen:
                         seen.add(name)

@@ -5,6 +5,7 @@ tests of this file run in a process of their own.
 """
 import collections
 import contextlib
+import importlib
 import os
 import subprocess
 import sys
@@ -19,6 +20,8 @@ from timm_cbam.ops import Tail, cbam_tail, cbam_tail_ref, tail
 from timm_cbam.ops import check as check_device
 
 pytest.importorskip('triton')
+
+ROOT = Path(__file__).parents[1]
 
 DEVICE = 'cuda' if torch.cuda.is_available() else 'cpu'
 INTERPRETER = os.environ.get('TRITON_INTERPRET') == '1'
@@ -326,91 +329,69 @@ def test_offsets_have_64_bits():
         ''', TRITON_INTERPRET='1')
 
 
-class Launches(TorchDispatchMode):
-    """Records kernels of tail_triton, which it replaces, as what Triton would compile; and PyTorch's operations. On
-    meta, where nothing runs."""
-    FREE = (
-        'promote_types', 'empty', 'empty_like', 'new_empty', 'view', '_unsafe_view', 'as_strided', 'alias', 'detach',
-        'permute', 'transpose', 't', 'expand', 'unbind', 'select', 'slice', 'split', 'split_with_sizes', 'squeeze',
-        'unsqueeze')
-
-    def __init__(self, monkeypatch):
-        super().__init__()
-        self.compiled, self.count, self.operations = set(), 0, []
-        for name in KERNELS:
-            monkeypatch.setattr(tail_triton_module(), name, self.recorder(getattr(tail_triton_module(), name)))
-
-    def recorder(self, kernel):
-        def launch(*args, **kwargs):
-            self.count += 1
-            values = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
-            key = [kernel.__name__]
-            for param in kernel.params:
-                value = values[param.name]
-                if param.is_constexpr or value is None:
-                    key.append(value)
-                elif isinstance(value, torch.Tensor):
-                    key.append(value.dtype)
-                elif not param.do_not_specialize:
-                    key.append('one' if value == 1 else value % 16 == 0)
-            self.compiled.add(tuple(key))
-
-        return type('Kernel', (), {'__getitem__': lambda _, grid: launch})()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in self.FREE:
-            self.count += 1
-            self.operations.append(name)
-        return func(*args, **(kwargs or {}))
+@pytest.fixture
+def script(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / 'scripts')
+    return importlib.import_module('kernels')
 
 
-def tail_triton_module():
-    from timm_cbam.ops import tail_triton
-
-    return tail_triton
-
-
-def run_on_meta(shape, memory_format, dtype=torch.bfloat16, training=True, mode=None):
-    """One forward and one backward pass, or inference, in this dispatch mode"""
-    maps, parameters = check_device._problem((1, shape[1], 1, 1), dtype)
-    x = torch.empty(shape, dtype=dtype, device='meta', memory_format=memory_format)
-    small = [None if t is None else t.to('meta', torch.float32) for t in parameters]
-    p = Tail(*small, *(None,) * 5, training=training, eps=1e-5, bn_training=False, bn_eps=0.)
-    triton = tail_triton_module()
-    with mode or contextlib.nullcontext():
-        if training:
-            triton.backward(x, x, x, p, triton.forward(x, x, torch.empty_like(x), p))
-        else:
-            triton.infer(x, x, p)
+def what_triton_compiles(launch):
+    """Launches with the same are of one compiled kernel."""
+    key = [launch.kernel.__name__]
+    for param in launch.kernel.params:
+        value = launch.arguments[param.name]
+        if param.is_constexpr or value is None:
+            key.append(value)
+        elif isinstance(value, torch.Tensor):
+            key.append(value.dtype)
+        elif not param.do_not_specialize:
+            key.append('one' if value == 1 else value % 16 == 0)
+    return tuple(key)
 
 
 @pytest.mark.skipif(INTERPRETER, reason='interpreted kernels do not tell what Triton would compile')
 @pytest.mark.parametrize('memory_format', FORMATS)
-def test_new_sizes_compile_nothing_new(memory_format, monkeypatch):
+def test_new_sizes_compile_nothing_new(memory_format, script):
     """Over 20 image sizes, all stages of ResNets and three batches: two tiles for kernels that walk along the map, and
     what Triton makes of sizes that are multiples of 16 or 1."""
-    monkeypatch.setattr(tail_triton_module(), '_processors', lambda device: 132)
-    launches = Launches(monkeypatch)
-    for image in range(33, 33 + 20 * 37, 37):
-        for stage, channels in enumerate((256, 512, 1024, 2048)):
-            size = -(-image // (4 << stage))
-            for batch in (1, 8, 256):
-                run_on_meta((batch, channels, size, size), FORMATS[memory_format])
-    per_kernel = collections.Counter(name for name, *_ in launches.compiled)
+    with script.recorded() as launches:
+        for image in range(33, 33 + 20 * 37, 37):
+            for stage, channels in enumerate((256, 512, 1024, 2048)):
+                size = -(-image // (4 << stage))
+                for batch in (1, 8, 256):
+                    script.run_tail((batch, channels, size, size), torch.bfloat16, FORMATS[memory_format], True)
+    per_kernel = collections.Counter(name for name, *_ in set(map(what_triton_compiles, launches)))
     assert set(per_kernel) == set(KERNELS) - {'_norm_relu'}
     limits = dict(_pool_space=6, _pool_channels=6, _a=6, _b=6, _gate_add=3, _c=3)
     for kernel, count in per_kernel.items():
         assert count <= limits.get(kernel, 1), kernel
 
 
+class Operations(TorchDispatchMode):
+    """PyTorch's, but those that launch nothing"""
+    FREE = (
+        'promote_types', 'empty', 'empty_like', 'new_empty', 'view', '_unsafe_view', 'as_strided', 'alias', 'detach',
+        'permute', 'transpose', 't', 'expand', 'unbind', 'select', 'slice', 'split', 'split_with_sizes', 'squeeze',
+        'unsqueeze')
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name not in self.FREE:
+            self.names.append(name)
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.skipif(INTERPRETER, reason='interpreted kernels do not tell what Triton would compile')
 @pytest.mark.parametrize('training,limit', [(True, 24), (False, 11)])
-def test_launches(training, limit, monkeypatch):
+def test_launches(training, limit, script):
     """At batch 1 they are the time. timm's CBAM has 59 in training and 21 in inference."""
-    launches = Launches(monkeypatch)
-    run_on_meta((1, 256, 14, 14), torch.channels_last, training=training, mode=launches)
-    assert launches.count <= limit, launches.operations
+    with script.recorded() as launches, Operations() as operations:
+        script.run_tail((1, 256, 14, 14), torch.bfloat16, torch.channels_last, training)
+    assert len(launches) + len(operations.names) <= limit, operations.names
 
 
 @pytest.mark.parametrize('memory_format', FORMATS)
@@ -418,7 +399,7 @@ def test_launches(training, limit, monkeypatch):
     ((1, 256, 56, 56), 132, False), ((1, 2048, 7, 7), 132, False), ((256, 64, 56, 56), 132, True),
     ((256, 2048, 7, 7), 132, True), ((1, 2048, 7, 7), 16, True)])
 def test_tiles_leave_no_processor_idle(shape, processors, wide, memory_format, monkeypatch):
-    triton = tail_triton_module()
+    triton = importlib.import_module('timm_cbam.ops.tail_triton')
     monkeypatch.setattr(triton, '_processors', lambda device: processors)
     x = torch.empty(shape, device='meta', memory_format=FORMATS[memory_format])
     (block_c, block_p), (_, narrow_p) = triton._tile(x, True, False), triton._tile(x, False, True)
@@ -442,7 +423,7 @@ def test_in_interpreter():
 def test_compiles_for_gpus(tmp_path):
     """A GPU is needed to run kernels, but not to compile them: for each generation, in the formats and dtypes that
     people use, nothing is spilled and what is contiguous is read by 16 bytes."""
-    script = Path(__file__).parents[1] / 'scripts' / 'kernels.py'
+    script = ROOT / 'scripts' / 'kernels.py'
     result = subprocess.run(
         [sys.executable, script], env={**os.environ, 'TRITON_CACHE_DIR': str(tmp_path), 'TRITON_INTERPRET': '0'},
         capture_output=True, text=True)
