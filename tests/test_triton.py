@@ -297,7 +297,7 @@ def test_gradient_scaling_sees_overflow(where):
         assert not found[name].isfinite().all(), name
 
 
-@pytest.mark.skipif(not INTERPRETER, reason='without the interpreter the launches of a real device would be counted')
+@runs_kernels
 def test_current_device_is_that_of_the_map(monkeypatch):
     devices = []
 

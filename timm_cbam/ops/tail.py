@@ -63,9 +63,8 @@ def _implementation(x: torch.Tensor, training: bool) -> ModuleType:
     """The module that does the work: same functions, same results."""
     if tail_cpu.supports(x):
         return tail_cpu
-    if x.device.type in check.DTYPES:
-        return check.implementation(x, training) or tail_torch
-    return tail_torch
+    checked = check.implementation(x, training) if x.device.type in check.DTYPES else None
+    return checked or tail_torch
 
 
 _TENSORS = Tail._fields.index('training')  # that many come first, then flags
