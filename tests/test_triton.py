@@ -146,6 +146,19 @@ def test_ties(channels, levels, training, memory_format):
 
 
 @runs_kernels
+@pytest.mark.parametrize('memory_format', FORMATS)
+@pytest.mark.parametrize('training', [True, False])
+def test_ties_after_rounding(training, memory_format):
+    """Pixels that differ by so little that their F, which are large, do not."""
+    tensors = make((2, 20, 6, 12), mlp_bias=True)
+    tensors['x'][..., 6:] = tensors['x'][..., :6] * (1 + 2 ** -52)
+    tensors['bias'][:] = 2. ** 15
+    tensors['fc1_bias'][:] = -2 ** 15 * tensors['fc1_weight'].sum((1, 2, 3))
+    tensors['conv_weight'] /= 2 ** 15
+    check(tensors, torch.float64, training, memory_format=FORMATS[memory_format])
+
+
+@runs_kernels
 @pytest.mark.parametrize('scale', [-1., 0.])
 def test_ties_where_the_weight_is_not_positive(scale):
     """The maximum of F is where x is smallest, or everywhere."""

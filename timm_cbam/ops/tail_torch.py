@@ -147,24 +147,28 @@ def _b(
     return s0, s1
 
 
-def _c(x, g, n: Norm, mc, ms, davg, dmax, highest, index, top, k_gate, k_tie, k_centred, k) -> torch.Tensor:
-    """``dx = k_gate * (g * ms + d) + k_tie * [x is at the top] / ties + k_centred * (x - mean) + k``, d as in b."""
+def _c(x, g, n: Norm, mc, ms, davg, dmax, highest, index, k_gate, k_tie, k_centred, k) -> torch.Tensor:
+    """``dx = k_gate * (g * ms + d) + k_tie * [F is the maximum] / ties + k_centred * (x - mean) + k``, d as in b.
+
+    Where x is not at its maximum F can be at its: F is rounded."""
     dx = torch.empty_like(x)
     columns = torch.stack([k_gate, k], dim=2)  # k_gate * davg + k is a matrix of rank 2
     rows = torch.cat([davg, torch.ones_like(davg)], dim=1).flatten(2)
     i = dmax if index is None else index
-    scratch = _scratch(x, mc.dtype)
-    for x_, g_, mc_, ms_, dmax_, highest_, i_, top_, kg, kt, kx, column, row, dx_ in _chunks(
-            x, g, mc, ms, dmax, highest, i, top, k_gate, k_tie, k_centred, columns, rows, dx):
+    scratch = _scratch(x, x.dtype), _scratch(x, mc.dtype)
+    for x_, g_, mc_, ms_, dmax_, highest_, i_, kg, kt, kx, column, row, dx_ in _chunks(
+            x, g, mc, ms, dmax, highest, i, k_gate, k_tie, k_centred, columns, rows, dx):
+        one, other = (t[:len(x_)] for t in scratch)
         d = torch.mul(g_, ms_, out=dx_ if dx.dtype == ms.dtype else None).mul_(_map(kg))
         d.flatten(2).baddbmm_(column, row)
         if index is not None:
             d.scatter_add_(1, i_, dmax_ * kg.gather(1, i_.flatten(1)).view_as(dmax_))
-        else:
-            d += _equal(_gated(x_, n, mc_, torch.empty_like(x_)), highest_, mc.dtype).mul_(dmax_ * _map(kg))
-        at_top = torch.eq(x_, _map(top_), out=scratch[:len(x_)])
-        d.addcmul_(at_top, _map(kt / _sum_space(at_top, torch.ones_like(ms_))))
-        d.addcmul_(torch.sub(x_, _map(n.mean), out=at_top), _map(kx))
+        f = _normalize(x_, n, one)
+        at_highest = torch.eq(f, f.amax((2, 3), keepdim=True), out=other)
+        d.addcmul_(at_highest, _map(kt / _sum_space(at_highest, torch.ones_like(ms_))))
+        if index is None:
+            d += torch.eq(f.mul_(_map(mc_)), highest_, out=other).mul_(dmax_ * _map(kg))
+        d.addcmul_(torch.sub(x_, _map(n.mean), out=other), _map(kx))
         if d is not dx_:
             dx_.copy_(d)
     return dx
@@ -284,7 +288,7 @@ def backward(grad: torch.Tensor, x: torch.Tensor, out: torch.Tensor, p: Tail, r:
     if p.training:
         k = k - slope * dbias / (len(x) * size)
         k_centred = (-slope * n.invstd.square() * dscale / (len(x) * size)).expand_as(mc)
-    dx = _c(x, g, n, mc, ms, davg, dmax, highest, index, top, slope * mc, slope * dmax_space, k_centred, k)
+    dx = _c(x, g, n, mc, ms, davg, dmax, highest, index, slope * mc, slope * dmax_space, k_centred, k)
     return Gradients(
         dx, g, dscale * n.invstd, dbias, dfc1.view_as(p.fc1_weight), dhidden.sum((0, 1)), dfc2.view_as(p.fc2_weight),
         2 * dlogit.sum(0), dkernel.contiguous(), dbn)

@@ -54,12 +54,17 @@ def _min(a, b):
 
 
 @triton.jit
-def _gated(x, norm_ptr, mc_ptr, b, c, C):
-    """F'. The backward pass looks for the pixels where it equals the maximum that the forward pass found, so it must
-    have the same bits in all kernels. Hence fma, which does not leave it to the compiler where to round."""
+def _normalize(x, norm_ptr, c, C):
+    """F. The backward pass looks for the pixels where it, or F', equals the maximum that the forward pass found, so it
+    must have the same bits in all kernels. Hence fma, which does not leave it to the compiler where to round."""
     mean, scale = _per_channel(norm_ptr, c, C), _per_channel(norm_ptr + 2 * C, c, C)
-    f = tl.fma(x - mean, scale, _per_channel(norm_ptr + 3 * C, c, C))
-    return f * _per_channel(mc_ptr + b * C, c, C)
+    return tl.fma(x - mean, scale, _per_channel(norm_ptr + 3 * C, c, C))
+
+
+@triton.jit
+def _gated(x, norm_ptr, mc_ptr, b, c, C):
+    """F'"""
+    return _normalize(x, norm_ptr, c, C) * _per_channel(mc_ptr + b * C, c, C)
 
 
 @triton.jit
@@ -78,10 +83,10 @@ def _ms(conv_ptr, bn_ptr, factor_ptr, b, p, P, BN_EPS: tl.constexpr):
 
 
 @triton.jit
-def _top(space_ptr, norm_ptr, b, c, B, C):
-    """The value of x where F is largest: F falls with x where the scale is negative."""
+def _highest(space_ptr, norm_ptr, b, c, B, C):
+    """The largest F, which falls with x where the scale is negative. Several x can have it: F is rounded."""
     high, low = _per_channel(space_ptr + (B + b) * C, c, C), _per_channel(space_ptr + (2 * B + b) * C, c, C)
-    return tl.where(_per_channel(norm_ptr + 2 * C, c, C) < 0, low, high)
+    return _normalize(tl.where(_per_channel(norm_ptr + 2 * C, c, C) < 0, low, high), norm_ptr, c, C)
 
 
 @triton.jit(do_not_specialize=['B'])
@@ -293,7 +298,7 @@ def _b(
     c = tl.program_id(0) % blocks * BLOCK_C + tl.arange(0, BLOCK_C)
     acc: tl.constexpr = norm_ptr.dtype.element_ty
     mean = _per_channel(norm_ptr, c, C)
-    top = _top(space_ptr, norm_ptr, b, c, B, C)
+    highest = _highest(space_ptr, norm_ptr, b, c, B, C)
     s0 = tl.zeros([BLOCK_C, BLOCK_P], acc)
     s1 = tl.zeros([BLOCK_C, BLOCK_P], acc)
     ties = tl.zeros([BLOCK_C, BLOCK_P], tl.int32)
@@ -304,7 +309,7 @@ def _b(
         d = _d(_gated(x, norm_ptr, mc_ptr, b, c, C), dpooled_ptr, pooled_ptr, ties_ptr, b, p, C, P)
         s0 += d
         s1 += d * (x - mean)
-        ties += (inside & (x == top)).to(tl.int32)
+        ties += (inside & (_normalize(x, norm_ptr, c, C) == highest)).to(tl.int32)
     s0, s1 = tl.sum(s0, 1), tl.sum(s1, 1)
     size = tl.cast(B, tl.int64) * C
     for block in range(BLOCKS_P):
@@ -376,7 +381,7 @@ def _c(
         x_ptr, g_ptr, dx_ptr, space_ptr, norm_ptr, mc_ptr, conv_ptr, bn_ptr, factor_ptr, dpooled_ptr, pooled_ptr,
         ties_ptr, k_ptr, k_centred_ptr, BN_EPS: tl.constexpr,
         B, C, P, CHANNELS_LAST: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr):
-    """``dx = k0 * (g * ms + d) + k1 * [x is at the top] + k_centred * (x - mean) + k2``"""
+    """``dx = k0 * (g * ms + d) + k1 * [F is the maximum] + k_centred * (x - mean) + k2``"""
     blocks_c, blocks_p = tl.cdiv(C, BLOCK_C), tl.cdiv(P, BLOCK_P)
     b = (tl.program_id(0) // (blocks_c * blocks_p)).to(tl.int64)
     c = tl.program_id(0) // blocks_p % blocks_c * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -391,8 +396,8 @@ def _c(
     size = tl.cast(B, tl.int64) * C
     k_ptr += b * C
     dx = _per_channel(k_ptr, c, C) * d
-    at_top = (x == _top(space_ptr, norm_ptr, b, c, B, C)).to(acc)
-    dx += at_top * _per_channel(k_ptr + size, c, C)
+    at_highest = (_normalize(x, norm_ptr, c, C) == _highest(space_ptr, norm_ptr, b, c, B, C)).to(acc)
+    dx += at_highest * _per_channel(k_ptr + size, c, C)
     dx += _per_channel(k_centred_ptr, c, C) * (x - _per_channel(norm_ptr, c, C))
     tl.store(dx_ptr + offsets, dx + _per_channel(k_ptr + 2 * size, c, C), mask=inside)
 
