@@ -11,16 +11,13 @@ Every finished training is one line of the CSV. The same command goes on after t
 are in the repository it trains nothing and shows them.
 """
 import argparse
-import csv
-import io
-import os
 import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import ttest_rel
+from results import append, compare, read, save_figure, spread
 from sklearn.datasets import load_digits
 from timm import create_model
 from timm.models.resnet import BasicBlock
@@ -119,65 +116,22 @@ def _train(kind: str, seed: int, epochs: int, images: torch.Tensor, target: torc
     return 100 * (predicted != target[test]).float().mean().item()
 
 
-def _open(file: Path, settings: Dict[str, Any]) -> List[Dict[str, str]]:
-    """Read the finished trainings and leave the file such that lines can be appended.
-
-    Raises:
-        ValueError: If the file is another one than this script's, or was made with other settings.
-    """
-    header = ','.join(['kind', 'seed', 'error', *settings]) + '\n'
-    text = file.read_text(errors='replace') if file.exists() else ''
-    if not (text.startswith(header) or header.startswith(text)):
-        raise ValueError(f'{file} is no table of this script; choose another --output.')
-    whole = text[:text.rfind('\n') + 1]  # a killed process may leave half a line
-    rows = list(csv.DictReader(io.StringIO(whole)))
-    for row in rows:
-        for name, value in settings.items():
-            if row[name] != str(value):
-                raise ValueError(
-                    f'{file} was made with {name}={row[name]}, not {value}; choose another --output, or remove it.')
-    if whole:
-        os.truncate(file, len(whole.encode()))
-    else:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(header)
-    return rows
-
-
 def _measure(file: Path, tables: List[int], seeds: int, epochs: int) -> Dict[str, List[float]]:
     """Do the trainings that the file lacks, and return the errors of each kind by seed."""
     settings = dict(_SETTINGS, epochs=epochs)
-    errors = {(row['kind'], int(row['seed'])): float(row['error']) for row in _open(file, settings)}
+    rows = read(file, ['kind', 'seed', 'error'], settings)
+    errors = {(row['kind'], int(row['seed'])): float(row['error']) for row in rows}
     asked = {kind for table in tables for kind in (_TABLES[table][1], *_TABLES[table][2])}
     kinds = [kind for kind in _KINDS if kind in asked]
     runs = [(kind, seed) for seed in range(seeds) for kind in kinds]
     missing = [run for run in runs if run not in errors]
     images, target = _load()
-    with (
-        tqdm(total=epochs * len(runs), initial=epochs * (len(runs) - len(missing)), unit='epoch') as progress,
-        file.open('a', newline='') as f,
-    ):
+    with tqdm(total=epochs * len(runs), initial=epochs * (len(runs) - len(missing)), unit='epoch') as progress:
         for kind, seed in missing:
             error = f'{_train(kind, seed, epochs, images, target, progress):.2f}'
-            csv.writer(f, lineterminator='\n').writerow([kind, seed, error, *settings.values()])
-            f.flush()
+            append(file, [kind, seed, error, *settings.values()])
             errors[kind, seed] = float(error)
     return {kind: [errors[kind, seed] for seed in range(seeds)] for kind in kinds}
-
-
-def _spread(values: List[float], divisor: float = 1., sign: str = '') -> str:
-    """Mean and standard deviation, the latter divided; of one value that only."""
-    mean = f'{statistics.mean(values):{sign}.2f}'
-    return f'{mean} ± {statistics.stdev(values) / divisor:.2f}' if len(values) > 1 else mean
-
-
-def _compare(errors: List[float], reference: List[float]) -> str:
-    """Mean difference of pairs with its standard error, marked if a t-test at 5 % does not see it."""
-    differences = [a - b for a, b in zip(errors, reference, strict=True)]
-    text = _spread(differences, len(differences) ** 0.5, '+')
-    if len(differences) == 1 or ttest_rel(errors, reference).pvalue < 0.05:
-        return text
-    return f'{text} (within noise)'
 
 
 def _table(number: int, errors: Dict[str, List[float]]) -> str:
@@ -189,9 +143,9 @@ def _table(number: int, errors: Dict[str, List[float]]) -> str:
         '| paper, ImageNet, ResNet50: top-1 error, % | top-5 error, % |',
         '|---|---|---|---|---|']
     for kind in (*others, choice):
-        difference = "the paper's choice" if kind == choice else _compare(errors[kind], errors[choice])
+        difference = "the paper's choice" if kind == choice else compare(errors[kind], errors[choice])
         paper = [f'{figure:.2f}' for figure in _KINDS[kind][1] or ()] or ['-', '-']
-        lines.append('| ' + ' | '.join([kind, _spread(errors[kind]), difference, *paper]) + ' |')
+        lines.append('| ' + ' | '.join([kind, spread(errors[kind]), difference, *paper]) + ' |')
     if number in _NOTES:
         lines += ['', _NOTES[number]]
     return '\n'.join(lines)
@@ -219,9 +173,7 @@ def _draw(file: Path, tables: List[int], errors: Dict[str, List[float]]) -> None
     axes[-1][0].set_xlabel('error on held-out digits, %')
     axes[-1][1].set_xlabel("difference to the paper's choice (orange), %")
     figure.suptitle('A dot for each seed, a line for their mean', fontsize=10)
-    part = file.with_name(f'.{file.name}.part')
-    figure.savefig(part, format='png', dpi=120)
-    part.replace(file)
+    save_figure(figure, file)
 
 
 def main() -> None:

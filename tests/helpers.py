@@ -1,4 +1,5 @@
 """What several test files share"""
+import importlib
 import json
 import math
 import os
@@ -16,6 +17,14 @@ GOLDEN = Path(__file__).parent / 'golden'
 
 # The published implementations behind golden/, and the models of ours that compute the same.
 SUFFIXES = {'seed': '_s1', 'community': '', 'official': '_eccv18', 'pytorchcv': '_eccv18'}
+
+
+def script(name):
+    """A module of scripts/, which import each other."""
+    folder = str(Path(__file__).parents[1] / 'scripts')
+    if folder not in sys.path:
+        sys.path.append(folder)
+    return importlib.import_module(name)
 
 
 def golden_cases():

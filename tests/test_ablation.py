@@ -1,7 +1,6 @@
 """scripts/ablation.py: what it trains, that it goes on where it was killed, and what it says of the results"""
 import copy
 import csv
-import importlib.util
 import os
 import subprocess
 import sys
@@ -13,7 +12,7 @@ import pytest
 import scipy.stats
 import timm
 import torch
-from helpers import liven
+from helpers import liven, script
 from torch import nn
 
 pytestmark = pytest.mark.slow
@@ -22,18 +21,11 @@ SCRIPT = Path(__file__).parents[1] / 'scripts' / 'ablation.py'
 TINY = ['--seeds', '1', '--epochs', '3', '--tables', '1']
 
 
-def load():
-    spec = importlib.util.spec_from_file_location('ablation', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def run(monkeypatch):
     def run(output, *args):
         monkeypatch.setattr(sys, 'argv', [str(SCRIPT), *args, '--output', str(output)])
-        load().main()
+        script('ablation').main()
     return run
 
 
@@ -99,7 +91,7 @@ def test_output_is_csv(tmp_path, run, capsys):
 
 def test_kinds():
     """Without attention the network is timm's ResNet; with, the kinds differ in nothing but the attention."""
-    ablation = load()
+    ablation = script('ablation')
     x = torch.randn(2, 1, 16, 16)
     models = {kind: ablation._create(cbam_args, 0) for kind, (cbam_args, _) in ablation._KINDS.items()}
     shared = copy.deepcopy(models['no attention'].state_dict())

@@ -1,5 +1,4 @@
 """scripts/fashion_grid.py: that it goes on where it was stopped, and what it draws"""
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -7,21 +6,13 @@ import numpy as np
 import pytest
 import timm
 import torch
+from helpers import script
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
 SCRIPT = Path(__file__).parents[1] / 'scripts' / 'fashion_grid.py'
 NETWORKS = ['ResNet-18', 'ResNet-18 + SE', 'ResNet-18 + CBAM']
-
-
-@pytest.fixture(scope='module')
-def script():
-    spec = importlib.util.spec_from_file_location('fashion_grid', SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules['fashion_grid'] = module  # where timm's register_model looks
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope='module')
@@ -37,21 +28,21 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture
-def run(script, data, tmp_path, monkeypatch):
-    monkeypatch.setitem(script._SETTINGS, 'batch_size', 10)
+def run(data, tmp_path, monkeypatch):
+    monkeypatch.setitem(script('fashion_grid')._SETTINGS, 'batch_size', 10)
 
     def run(*args):
         monkeypatch.setattr(sys, 'argv', [
             str(SCRIPT), '--data', str(data), '--work', str(tmp_path / 'work'), '--output', str(tmp_path / 'grid.png'),
             '--images', '120', '--epochs', '4', *args])
-        script.main()
+        script('fashion_grid').main()
 
     return run
 
 
-def test_networks(script):
+def test_networks():
     """They differ in nothing but the attention."""
-    plain, se, cbam = (script._create(name)[0].eval() for name in NETWORKS)
+    plain, se, cbam = (script('fashion_grid')._create(name)[0].eval() for name in NETWORKS)
     shared = plain.state_dict()
     for model in (se, cbam):
         assert {k: v.shape for k, v in model.state_dict().items() if '.se.' not in k} == {
@@ -67,17 +58,18 @@ def test_networks(script):
         torch.testing.assert_close(other, features[0])
 
 
-def test_data(script, data):
-    train, test = script._load(str(data))
+def test_data(data):
+    fashion = script('fashion')
+    train, test = fashion.load(str(data))
     assert torch.equal(test[1], torch.arange(10).repeat_interleave(3)) and len(train[1]) == 180
     with np.load(data) as arrays:
         np.testing.assert_array_equal(test[0][:3], arrays['images'][18:21])
-    _, labels = script._first(train, 50)
+    _, labels = fashion.first(train, 5)
     assert labels.bincount().tolist() == [5] * 10
 
 
 @pytest.mark.slow
-def test_stopped_and_resumed(script, run, tmp_path, monkeypatch, capsys):
+def test_stopped_and_resumed(run, tmp_path, monkeypatch, capsys):
     run()
     out = capsys.readouterr().out
     assert 'trained on 120 images, 4 epochs; held-out images: 30' in out

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from environment import COUNT, MODELS, Environment
+from helpers import script
 
 pytestmark = pytest.mark.slow
 
@@ -123,10 +124,9 @@ def test_wheel_without_compiler(variables, why, checkout, tmp_path):
 @pytest.mark.skipif(not COMPILERS, reason='it compiles, which needs a C++ compiler')
 def test_all_levels_or_none(monkeypatch, tmp_path):
     """The last level fails; what the others gave goes, and so does what was there before."""
-    monkeypatch.syspath_prepend(ROOT / 'scripts')
     monkeypatch.delenv('CXX', raising=False)
     monkeypatch.delenv('TIMM_CBAM_NATIVE', raising=False)
-    from hatch_build import build_libraries
+    build_libraries = script('hatch_build').build_libraries
 
     source, folder = tmp_path / 'tail_cpu.cpp', tmp_path / 'ops'
     folder.mkdir()
@@ -148,8 +148,7 @@ def test_all_levels_or_none(monkeypatch, tmp_path):
      'macosx_12_0_arm64')])
 def test_platform_tag(platform_name, tags, variables, expected, monkeypatch):
     """A wheel for macOS says the oldest version that its libraries were compiled for, which cibuildwheel sets."""
-    monkeypatch.syspath_prepend(ROOT / 'scripts')
-    import hatch_build
+    hatch_build = script('hatch_build')
 
     monkeypatch.setattr(sys, 'platform', platform_name)
     monkeypatch.setattr(platform, 'machine', lambda: 'arm64')

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from helpers import script
 
 from timm_cbam.ops import native
 
@@ -64,11 +65,7 @@ native.load()[0].cbam_init(ctypes.cast(library.parallel_for, ctypes.c_void_p))
 
 def check(folder, flags, runtime, broken=None, threads=False, **env):
     """Run the tests by a library that is built so, or that a place of it is broken."""
-    sys.path.insert(0, str(TESTS.parent / 'scripts'))
-    try:
-        from hatch_build import LEVELS, compile_library
-    finally:
-        sys.path.pop(0)
+    hatch_build = script('hatch_build')
     shutil.copytree(PACKAGE, folder / 'timm_cbam', ignore=shutil.ignore_patterns('*.so', '__pycache__'))
     source = folder / 'timm_cbam' / 'ops' / 'tail_cpu.cpp'
     if broken:
@@ -77,14 +74,14 @@ def check(folder, flags, runtime, broken=None, threads=False, **env):
         assert text.count(place) == 1
         source.write_text(text.replace(place, code + place if place == CALL else place + code))
     level = native.load()[1]
-    flags = [*LEVELS[platform.machine()][level], '-O1', '-g', *flags]
-    compile_library(source, source.with_name(f'_tail_cpu_{level}.so'), flags)
+    flags = [*hatch_build.LEVELS[platform.machine()][level], '-O1', '-g', *flags]
+    hatch_build.compile_library(source, source.with_name(f'_tail_cpu_{level}.so'), flags)
     in_models = ' and not '.join(('', 'model', 'trains', 'checkpointing', 'depth', 'features', 'empty', 'accurate'))
     arguments = ['-k', 'native and arguments_are_left_alone' if broken else f'native{in_models}']
     if threads:
         (folder / 'threads.cpp').write_text(THREADS)
         (folder / 'plugin.py').write_text(PLUGIN)
-        compile_library(folder / 'threads.cpp', folder / 'threads.so', flags)
+        hatch_build.compile_library(folder / 'threads.cpp', folder / 'threads.so', flags)
         arguments += ['-p', 'plugin']
     libraries = [
         subprocess.run(['g++', f'-print-file-name={name}'], capture_output=True, text=True, check=True).stdout.strip()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import run
+from helpers import run, script
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_cbam.ops import Tail, cbam_tail, cbam_tail_ref, tail
@@ -343,9 +343,8 @@ def test_offsets_have_64_bits():
 
 
 @pytest.fixture
-def script(monkeypatch):
-    monkeypatch.syspath_prepend(ROOT / 'scripts')
-    return importlib.import_module('kernels')
+def kernels():
+    return script('kernels')
 
 
 def what_triton_compiles(launch):
@@ -364,15 +363,15 @@ def what_triton_compiles(launch):
 
 @pytest.mark.skipif(INTERPRETER, reason='interpreted kernels do not tell what Triton would compile')
 @pytest.mark.parametrize('memory_format', FORMATS)
-def test_new_sizes_compile_nothing_new(memory_format, script):
+def test_new_sizes_compile_nothing_new(memory_format, kernels):
     """Over 20 image sizes, all stages of ResNets and three batches: two tiles for kernels that walk along the map, and
     what Triton makes of sizes that are multiples of 16 or 1."""
-    with script.recorded() as launches:
+    with kernels.recorded() as launches:
         for image in range(33, 33 + 20 * 37, 37):
             for stage, channels in enumerate((256, 512, 1024, 2048)):
                 size = -(-image // (4 << stage))
                 for batch in (1, 8, 256):
-                    script.run_tail((batch, channels, size, size), torch.bfloat16, FORMATS[memory_format], True)
+                    kernels.run_tail((batch, channels, size, size), torch.bfloat16, FORMATS[memory_format], True)
     per_kernel = collections.Counter(name for name, *_ in set(map(what_triton_compiles, launches)))
     assert set(per_kernel) == set(KERNELS) - {'_norm_relu'}
     limits = dict(_pool_space=6, _pool_channels=6, _a=6, _b=6, _gate_add=3, _c=3)
@@ -400,10 +399,10 @@ class Operations(TorchDispatchMode):
 
 @pytest.mark.skipif(INTERPRETER, reason='interpreted kernels do not tell what Triton would compile')
 @pytest.mark.parametrize('training,limit', [(True, 24), (False, 11)])
-def test_launches(training, limit, script):
+def test_launches(training, limit, kernels):
     """At batch 1 they are the time. timm's CBAM has 59 in training and 21 in inference."""
-    with script.recorded() as launches, Operations() as operations:
-        script.run_tail((1, 256, 14, 14), torch.bfloat16, torch.channels_last, training)
+    with kernels.recorded() as launches, Operations() as operations:
+        kernels.run_tail((1, 256, 14, 14), torch.bfloat16, torch.channels_last, training)
     assert len(launches) + len(operations.names) <= limit, operations.names
 
 
