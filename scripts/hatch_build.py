@@ -1,10 +1,15 @@
-"""Build hook of pyproject.toml: compiles timm_cbam/ops/tail_cpu.cpp, one library for each SIMD level of PyTorch's
+"""Build hooks of pyproject.toml
 
-A wheel gets the libraries, an editable install has them beside the source. Where they cannot be built, the install goes
-on without them: timm_cbam/ops/native.py says so, and PyTorch's operations do the work.
+BuildHook compiles timm_cbam/ops/tail_cpu.cpp, one library for each SIMD level of PyTorch's. A wheel gets the libraries,
+an editable install has them beside the source. Where they cannot be built, the install goes on without them:
+timm_cbam/ops/native.py says so, and PyTorch's operations do the work.
+
+MetadataHook makes of the README what a package index shows, where links into the repository have to be absolute:
+$TIMM_CBAM_REPOSITORY is its address, which workflows/wheels.yml knows.
 """
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -16,6 +21,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 from hatchling.builders.macos import process_macos_plat_tag
+from hatchling.metadata.plugin.interface import MetadataHookInterface
 from packaging.tags import platform_tags
 
 # No -ffast-math: NaN, infinities and each rounding are as in PyTorch. What is here lets loops be vectorized.
@@ -82,6 +88,22 @@ def platform_tag() -> str:
     tag = next(tag for tag in platform_tags() if tag.startswith(('linux_', 'macosx_')))
     # the compiler and hatchling's own tags follow MACOSX_DEPLOYMENT_TARGET
     return process_macos_plat_tag(tag, compat=False) if sys.platform == 'darwin' else tag
+
+
+def absolute_links(markdown: str, repository: str) -> str:
+    """Links and images of the repository's files by their addresses there."""
+    def replace(match: 're.Match[str]') -> str:
+        image, text, path = match.groups()
+        return f"{image}[{text}]({repository}/{'raw' if image else 'blob'}/HEAD/{path})"
+
+    return re.sub(r'(!?)\[([^]]*)\]\((?!https?:|#)([^)]+)\)', replace, markdown)
+
+
+class MetadataHook(MetadataHookInterface):
+    def update(self, metadata: Dict[str, Any]) -> None:
+        text, repository = Path(self.root, 'README.md').read_text('utf-8'), os.environ.get('TIMM_CBAM_REPOSITORY')
+        metadata['readme'] = {
+            'content-type': 'text/markdown', 'text': absolute_links(text, repository) if repository else text}
 
 
 class BuildHook(BuildHookInterface):

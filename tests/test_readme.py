@@ -6,9 +6,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+from hatchling.metadata.core import ProjectMetadata
+from hatchling.plugin.manager import PluginManager
 from hub_server import HubServer
 
-README = (Path(__file__).parents[1] / 'README.md').read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / 'README.md').read_text()
+LINK = r'\[[^]]*\]\((.*?)\)'
 
 
 def snippets(language):
@@ -46,3 +51,25 @@ def test_figures(tmp_path):
         base, column = name.removesuffix('_eccv18').removesuffix('_s1'), ('_eccv18' in name) + 2 * ('_s1' in name)
         cell = rows[base][column]
         assert cell.strip() == f"{int(parameters.replace(',', '')) / 1e6:.1f} M, {gmacs}"
+
+
+@pytest.mark.parametrize('repository', ['https://github.com/me/timm-cbam', None])
+def test_links(repository, monkeypatch):
+    """In the repository to files that there are, on a package index to their addresses in the repository."""
+    local = [link for link in re.findall(LINK, README) if not link.startswith(('https:', '#'))]
+    assert len(local) > 3 and all((ROOT / link).exists() for link in local)
+    sections = {re.sub(r'[^a-z -]', '', title.lower()).replace(' ', '-') for title in re.findall(r'\n## (.*)', README)}
+    assert sections.issuperset(link[1:] for link in re.findall(LINK, README) if link.startswith('#'))
+
+    if repository is None:
+        monkeypatch.delenv('TIMM_CBAM_REPOSITORY', raising=False)
+    else:
+        monkeypatch.setenv('TIMM_CBAM_REPOSITORY', repository)
+    text = ProjectMetadata(str(ROOT), PluginManager()).core.readme
+    if repository is None:
+        assert text == README
+    else:
+        links = re.findall(LINK, text)
+        assert all(link.startswith(('https:', '#')) for link in links)
+        for link in local:
+            assert any(f'{repository}/{kind}/HEAD/{link}' in links for kind in ('blob', 'raw'))
