@@ -319,7 +319,8 @@ def peak_mib(run: Callable[[], None]) -> float:
 def gpu(args: argparse.Namespace) -> None:
     tests = Path(__file__).parents[1] / 'tests' / 'test_triton.py'
     print(f'{device_name(args.device)}: tests')
-    subprocess.run([sys.executable, '-m', 'pytest', '-q', str(tests)], check=False)  # their result is in the report
+    subprocess.run(  # their result is in the report
+        [sys.executable, '-m', 'pytest', '-q', '-o', 'addopts=', '-m', 'not slow', str(tests)], check=False)
 
     print('\n| check of | seconds | finds |\n|---|---|---|')
     for dtype in check.DTYPES['cuda']:

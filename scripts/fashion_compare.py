@@ -202,8 +202,10 @@ def _draw(study: str, accuracies: Dict[str, List[List[float]]], file: Path) -> N
         last.scatter(values, [y] * len(values), s=28, color=color, alpha=0.6, linewidths=0)
         last.plot([statistics.mean(values)] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2.5)
     last.set_yticks(range(len(accuracies)), list(accuracies))
+    for label, color in zip(last.get_yticklabels(), _COLORS, strict=False):
+        label.set_color(color)
     last.set_ylim(len(accuracies) - 0.4, -0.6)
-    last.set_title('after the last epoch: a dot for each seed, a line for the mean', fontsize=9)
+    last.set_title('last epoch: seeds and their mean', fontsize=9)
     last.set_xlabel('accuracy on held-out images, %')
     curves.set_title('mean and range of the seeds', fontsize=9)
     curves.set_xlabel('epoch')

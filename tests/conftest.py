@@ -1,5 +1,10 @@
-import pytest
-from environment import Environment
+import os
+
+if 'PYTEST_XDIST_WORKER' in os.environ:  # before PyTorch starts: there are as many workers as cores, who spin for them
+    os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+import pytest  # noqa: E402
+from environment import Environment  # noqa: E402
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Attention put into networks that have none: they compute the same, bit for bit, and then learn"""
 import copy
 import io
+import re
 from collections import OrderedDict
 
 import pytest
@@ -170,6 +171,10 @@ def test_bitwise_equal_where_it_learns_for_every_variant():
             assert torch.equal(run(ours, training=True), run(before, training=True)), (cbam_args, where)
 
 
+def without_addresses(value):
+    return re.sub(' at 0x[0-9a-f]+', '', str(value))
+
+
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64], ids=str)
 def test_dtype_and_memory_format(dtype):
     theirs = liven(timm.create_model('resnet18')).to(dtype=dtype, memory_format=torch.channels_last)
@@ -199,7 +204,7 @@ def test_outputs_of_feature_pyramid():
     ('conv[12]', ['conv2']),
     (['conv2', 'conv*'], ['conv2']),
     (lambda name, m: isinstance(m, nn.ReLU) or name == 'pool1', ['act1', 'pool1']),
-], ids=str)
+], ids=without_addresses)
 def test_where(where, expected):
     assert add_cbam(handwritten(), where, example=IMAGES[:1]) == expected
 
@@ -331,7 +336,7 @@ class Odd(nn.Module):
     (dict(where='conv', gate_layer='tanh'), "No CBAM after conv: gate_layer Tanh is 0 at zero.* 'hard_sigmoid'"),
     (dict(where='conv', arrangement='serial'), "No CBAM after conv: Unknown arrangement 'serial'"),
     (dict(where='conv', example=IMAGES[:, :1]), r'Odd fails on the example of shape \(2, 1, 64, 64\).*Pass example='),
-], ids=str)
+], ids=without_addresses)
 def test_refused(kwargs, message):
     model = Odd()
     model.conv.eval()

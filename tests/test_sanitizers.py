@@ -88,8 +88,8 @@ def check(folder, flags, runtime, broken=None, threads=False, **env):
         for name in (runtime, 'libstdc++.so')]
     return subprocess.run(
         [
-            sys.executable, '-m', 'pytest', '-q', '-x', '-s', '-p', 'no:cacheprovider', str(TESTS / 'test_tail.py'),
-            *arguments],
+            sys.executable, '-m', 'pytest', '-q', '-x', '-s', '-n0', '-p', 'no:cacheprovider',
+            str(TESTS / 'test_tail.py'), *arguments],
         cwd=folder, capture_output=True, text=True, env={
             **os.environ, 'PYTHONPATH': str(folder), 'LD_PRELOAD': ' '.join(libraries), 'OMP_NUM_THREADS': '2', **env})
 

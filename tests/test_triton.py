@@ -425,7 +425,7 @@ def test_tiles_leave_no_processor_idle(shape, processors, wide, memory_format, m
 @pytest.mark.skipif(DEVICE == 'cuda' or INTERPRETER, reason='this very process has run the kernels')
 def test_in_interpreter():
     result = subprocess.run(
-        [sys.executable, '-m', 'pytest', '-q', '-p', 'no:cacheprovider', __file__],
+        [sys.executable, '-m', 'pytest', '-q', '-n0', '-p', 'no:cacheprovider', __file__],
         env={**os.environ, 'TRITON_INTERPRET': '1'}, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
 
