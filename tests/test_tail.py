@@ -2,6 +2,7 @@
 import copy
 import functools
 import itertools
+import os
 import shutil
 from statistics import median
 
@@ -123,7 +124,7 @@ sizes = st.sampled_from([1, 2, 3, 5, 7, 8, 13, 16, 17, 33])
 
 
 @hypothesis.settings(
-    max_examples=200, deadline=None, derandomize=True,
+    max_examples=int(os.environ.get('EXAMPLES', 200)), deadline=None, derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(
     shape=st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 3, 16, 17, 64, 129]), sizes, sizes),
