@@ -177,6 +177,21 @@ def _distinct(images: Sequence[str]) -> List[str]:
     return names
 
 
+def _tell_apart(subjects: Sequence[Subject]) -> None:
+    """Give models of one title as much of the end of their paths as tells them apart, which a short line may show."""
+    titles = Counter(subject.title for subject in subjects)
+    same = [subject for subject in subjects if titles[subject.title] > 1]
+    paths = [Path(subject.name.rpartition(':')[2]).parts for subject in same]
+    for length in range(2, max(map(len, paths), default=0) + 1):
+        ends = ['/'.join(parts[-length:]) for parts in paths]
+        if len(set(ends)) == len(ends):
+            break
+    else:
+        ends = [subject.name for subject in same]
+    for subject, end in zip(same, ends, strict=True):
+        subject.title = end
+
+
 def _outputs(names: Sequence[str], images: Sequence[str], output: str, grid: bool) -> List[Path]:
     """Files to write figures to, one for each image or one for all."""
     file = Path(output)
@@ -239,10 +254,7 @@ def explain(
     names = _distinct(images)
     files = _outputs(names, images, output, grid)
     subjects = [Subject(name, target) for name in (model, *compare)]
-    titles = Counter(subject.title for subject in subjects)
-    for subject in subjects:
-        if titles[subject.title] > 1:
-            subject.title = subject.name
+    _tell_apart(subjects)
     if grid:
         subjects = [*subjects[1:], subjects[0]]  # the baseline first
     done: List[Path] = []
