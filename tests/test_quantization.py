@@ -140,13 +140,14 @@ def test_gates_in_int8(tmp_path):
 # In FX each of the two gates rounds the whole map once more, in timm's CBAM as well.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    'quantize, tolerance', [(fx, 2), (pt2e, 1), (onnx, 1), (openvino, 1)], ids=['fx', 'pt2e', 'onnx', 'openvino'])
+    'quantize, tolerance, least', [(fx, 2, 0.95), (pt2e, 1, 0.95), (onnx, 1, 0.95), (openvino, 1, 0.8)],
+    ids=['fx', 'pt2e', 'onnx', 'openvino'])  # on some processors OpenVINO's SE, too, is below 0.9
 @torch.no_grad()
-def test_trained(quantize, tolerance, trained, digits, tmp_path):
+def test_trained(quantize, tolerance, least, trained, digits, tmp_path):
     images, others, _, wanted = digits
     lost = {'se': 0., 'cbam': 0.}
     for (name, _), model in trained.items():
         expected, actual = model(others), quietly(quantize, model, images[:256], tmp_path)(others)
         lost[name] += (accuracy(expected, wanted) - accuracy(actual, wanted)) / 2
-        assert correlation(actual, expected) > 0.8  # by OpenVINO, on some processors, SE's too are below 0.9
+        assert correlation(actual, expected) > least
     assert lost['cbam'] < max(lost['se'], 0) + tolerance, lost  # in percent

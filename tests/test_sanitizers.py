@@ -91,8 +91,7 @@ def check(folder, flags, runtime, broken=None, threads=False, **env):
             sys.executable, '-m', 'pytest', '-q', '-x', '-s', '-n0', '-p', 'no:cacheprovider',
             str(TESTS / 'test_tail.py'), *arguments],
         cwd=folder, capture_output=True, text=True, env={
-            **os.environ, 'PYTHONPATH': str(folder), 'LD_PRELOAD': ' '.join(libraries), 'OMP_NUM_THREADS': '2',
-            'EXAMPLES': '40', **env})
+            **os.environ, 'PYTHONPATH': str(folder), 'LD_PRELOAD': ' '.join(libraries), 'OMP_NUM_THREADS': '2', **env})
 
 
 ADDRESS = dict(

@@ -2,7 +2,6 @@
 import copy
 import functools
 import itertools
-import os
 import shutil
 from statistics import median
 
@@ -124,7 +123,7 @@ sizes = st.sampled_from([1, 2, 3, 5, 7, 8, 13, 16, 17, 33])
 
 
 @hypothesis.settings(
-    max_examples=int(os.environ.get('EXAMPLES', 200)), deadline=None, derandomize=True,
+    max_examples=200, deadline=None, derandomize=True,
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture])
 @hypothesis.given(
     shape=st.tuples(st.integers(1, 4), st.sampled_from([1, 2, 3, 16, 17, 64, 129]), sizes, sizes),
@@ -274,7 +273,7 @@ def tied_channels(values):
     values['x'][:, 1:] = values['x'][:, :1]
     for name in ('weight', 'bias', 'mean', 'var'):
         values[name][:] = values[name][0]
-    values['fc2_weight'][:] = values['fc2_bias'][:] = 0.  # so that F' ties where F does
+    values['fc2_weight'][:] = 0.  # so that F' ties where F does
 
 
 def tied_pixels(values):
@@ -286,21 +285,22 @@ def tied_after_rounding(values):
     tied_pixels(values)
     values['x'][..., 3:] *= 1 + 2 ** -52
     values['bias'][:] = 2. ** 16
-    values['fc1_bias'][:] = -2 ** 16 * values['fc1_weight'].sum((1, 2, 3))
+    # gates as if F were small
+    values.update(fc1_bias=-2 ** 16 * values['fc1_weight'].sum((1, 2, 3)), fc2_bias=torch.zeros_like(values['bias']))
     values['conv_weight'] /= 2 ** 16
 
 
 @pytest.mark.parametrize('layout', ['contiguous', 'channels_last'])
 @pytest.mark.parametrize('training', [False, True], ids=['eval', 'train'])
-@pytest.mark.parametrize('tie', [tied_channels, tied_pixels, tied_after_rounding])
-def test_ties_share(implementation, tie, training, layout):
+@pytest.mark.parametrize('tie, bound', [(tied_channels, 1e-11), (tied_pixels, 1e-11), (tied_after_rounding, 1e-9)])
+def test_ties_share(implementation, tie, bound, training, layout):
     """As torch.amax does: equal channels in the maximum over channels, equal pixels in that over space."""
-    values = make((2, 16, 4, 6), mlp_bias=True)
+    values = make((2, 16, 4, 6))
     tie(values)
     kwargs = dict(training=training)
     expected, _ = compute(cbam_tail_ref, values, torch.float64, **kwargs)
     actual, _ = compute(cbam_tail, values, torch.float64, layout=layout, **kwargs)
-    assert max(errors(actual, expected).values()) < 1e-9
+    assert max(errors(actual, expected).values()) < bound
     # and so it is the maximum's gradient that this is about
     values['x'].add_(1e-9 * torch.randn(values['x'].shape, generator=torch.Generator().manual_seed(1)))
     other, _ = compute(cbam_tail_ref, values, torch.float64, **kwargs)
@@ -384,7 +384,7 @@ def test_parameters_of_any_strides(implementation):
     inputs = [strided[name].requires_grad_() for name in INPUTS]
     out = cbam_tail(strided['x'], strided['shortcut'], tail(strided))
     actual = dict(zip(INPUTS, torch.autograd.grad(out, inputs, strided['grad']), strict=True), out=out.detach())
-    assert max(errors(actual, expected).values()) < 1e-10
+    assert max(errors(actual, expected).values()) < 1e-11
     with torch.no_grad():
         inferred = cbam_tail(strided['x'].clone(), strided['shortcut'], tail(strided), inplace=True)
         torch.testing.assert_close(inferred, out)
