@@ -34,10 +34,12 @@ import sys
 import time
 import venv
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Callable, Dict, List
 
+import exports
 import timm
 import torch
 import torch.nn.functional as F
@@ -229,50 +231,18 @@ def measure(
     return rows
 
 
-def create_onnxruntime(model: nn.Module, images: torch.Tensor, int8: bool, threads: int) -> Callable[[], None]:
-    import onnxruntime
-    from onnxruntime import quantization
-
-    class Reader(quantization.CalibrationDataReader):
-        def __init__(self) -> None:
-            self.inputs = iter([{'x': images.numpy()}])
-
-        def get_next(self) -> Dict[str, Any]:
-            return next(self.inputs, None)
-
-    with TemporaryDirectory() as folder:
-        file, quantized = Path(folder, 'float.onnx'), Path(folder, 'int8.onnx')
-        torch.onnx.export(model, (images,), file, input_names=['x'], dynamo=False, verbose=False)
-        if int8:
-            quantization.quantize_static(file, quantized, Reader(), per_channel=True)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        session = onnxruntime.InferenceSession(quantized if int8 else file, options)
-    return lambda: session.run(None, {'x': images.numpy()})
-
-
-def create_openvino(model: nn.Module, images: torch.Tensor, int8: bool, threads: int) -> Callable[[], None]:
-    import openvino
-
-    graph = openvino.convert_model(model, example_input=images)
-    if int8:
-        import nncf
-
-        graph = nncf.quantize(graph, nncf.Dataset([images.numpy()]))
-    graph.reshape(list(images.shape))
-    compiled = openvino.compile_model(
-        graph, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'})
-    return lambda: compiled(images.numpy())
-
-
 def deploy(args: argparse.Namespace) -> None:
     networks = create_networks(args)
-    for batch, int8, create in itertools.product(
-            (1, 8), (False, True), (create_onnxruntime, create_openvino)):
-        settings = argparse.Namespace(
-            **{**vars(args), 'batch': batch, 'int8': int8, 'runtime': create.__name__.partition('_')[2]})
+    for batch, int8, runtime in itertools.product((1, 8), (False, True), ('onnxruntime', 'openvino')):
+        settings = argparse.Namespace(**{**vars(args), 'batch': batch, 'int8': int8, 'runtime': runtime})
         images = create_images(settings)
-        runs = {name: create(networks[name].eval(), images, int8, args.threads) for name in FEW_NETWORKS}
+        runs = {}
+        for name in FEW_NETWORKS:
+            export = (
+                exports.onnx(17, int8=int8, threads=args.threads) if runtime == 'onnxruntime' else
+                exports.openvino(int8=int8, threads=args.threads))
+            with TemporaryDirectory() as folder:
+                runs[name] = partial(export(networks[name].eval(), images, Path(folder)), images)
         report(settings, measure(runs, settings))
 
 

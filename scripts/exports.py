@@ -58,7 +58,9 @@ def _pt2e(model: nn.Module, x: torch.Tensor, folder: Path) -> Run:
     return move_exported_model_to_eval(convert_pt2e(prepared))
 
 
-def _onnx(opset: int, dynamo: bool = False, int8: bool = False) -> Callable[[nn.Module, torch.Tensor, Path], Run]:
+def onnx(
+        opset: int, dynamo: bool = False, int8: bool = False, threads: int = 0,
+) -> Callable[[nn.Module, torch.Tensor, Path], Run]:
     def export(model: nn.Module, x: torch.Tensor, folder: Path) -> Run:
         import onnxruntime
 
@@ -76,22 +78,28 @@ def _onnx(opset: int, dynamo: bool = False, int8: bool = False) -> Callable[[nn.
 
             file, source = str(folder / 'int8.onnx'), file
             quantization.quantize_static(source, file, Reader(), per_channel=True)
-        session = onnxruntime.InferenceSession(file)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(file, options)
         return lambda x: torch.from_numpy(session.run(None, {'x': x.numpy()})[0])
 
     return export
 
 
-def _openvino(scripted: bool = False, int8: bool = False) -> Callable[[nn.Module, torch.Tensor, Path], Run]:
+def openvino(
+        scripted: bool = False, int8: bool = False, threads: int = 0,
+) -> Callable[[nn.Module, torch.Tensor, Path], Run]:
     def export(model: nn.Module, x: torch.Tensor, folder: Path) -> Run:
-        import openvino
+        import openvino as ov
 
-        graph = openvino.convert_model(torch.jit.script(model) if scripted else model, example_input=x)
+        graph = ov.convert_model(torch.jit.script(model) if scripted else model, example_input=x)
         if int8:
             import nncf
 
             graph = nncf.quantize(graph, nncf.Dataset([x.numpy()]))
-        compiled = openvino.compile_model(graph, 'CPU', {'INFERENCE_PRECISION_HINT': 'f32'})
+        graph.reshape(list(x.shape))
+        compiled = ov.compile_model(
+            graph, 'CPU', {'INFERENCE_NUM_THREADS': threads, 'INFERENCE_PRECISION_HINT': 'f32'})
         return lambda x: torch.from_numpy(compiled(x.numpy())[0])
 
     return export
@@ -156,15 +164,15 @@ _EXPORTERS: Dict[Tuple[str, str, str], Callable[[nn.Module, torch.Tensor, Path],
     ('torch.export', 'ATen', 'float32'): _export,
     ('AOTInductor', '.pt2', 'float32'): _aot_inductor,
     ('PT2E, X86InductorQuantizer', 'ATen', 'int8'): _pt2e,
-    ('torch.onnx, ONNX Runtime', 'opset 11', 'float32'): _onnx(11),
-    ('torch.onnx, ONNX Runtime', 'opset 13', 'float32'): _onnx(13),
-    ('torch.onnx, ONNX Runtime', 'opset 17', 'float32'): _onnx(17),
-    ('torch.onnx, ONNX Runtime', 'opset 17', 'int8'): _onnx(17, int8=True),
-    ('torch.onnx dynamo, ONNX Runtime', 'opset 18', 'float32'): _onnx(18, dynamo=True),
-    ('torch.onnx dynamo, ONNX Runtime', 'opset 21', 'float32'): _onnx(21, dynamo=True),
-    ('OpenVINO', 'IR, traced', 'float32'): _openvino(),
-    ('OpenVINO', 'IR, scripted', 'float32'): _openvino(scripted=True),
-    ('OpenVINO, NNCF', 'IR', 'int8'): _openvino(int8=True),
+    ('torch.onnx, ONNX Runtime', 'opset 11', 'float32'): onnx(11),
+    ('torch.onnx, ONNX Runtime', 'opset 13', 'float32'): onnx(13),
+    ('torch.onnx, ONNX Runtime', 'opset 17', 'float32'): onnx(17),
+    ('torch.onnx, ONNX Runtime', 'opset 17', 'int8'): onnx(17, int8=True),
+    ('torch.onnx dynamo, ONNX Runtime', 'opset 18', 'float32'): onnx(18, dynamo=True),
+    ('torch.onnx dynamo, ONNX Runtime', 'opset 21', 'float32'): onnx(21, dynamo=True),
+    ('OpenVINO', 'IR, traced', 'float32'): openvino(),
+    ('OpenVINO', 'IR, scripted', 'float32'): openvino(scripted=True),
+    ('OpenVINO, NNCF', 'IR', 'int8'): openvino(int8=True),
     ('ExecuTorch, XNNPACK', '.pte', 'float32'): _executorch,
     ('LiteRT', '.tflite', 'float32'): _litert,
     ('Core ML', 'ML program', 'float32'): _coreml,

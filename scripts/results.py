@@ -6,7 +6,10 @@ import statistics
 from pathlib import Path
 from typing import Any, Dict, List
 
+from matplotlib.figure import Figure
 from scipy.stats import ttest_rel
+
+from timm_cbam.hub import staged_file
 
 
 def read(file: Path, columns: List[str], settings: Dict[str, Any]) -> List[Dict[str, str]]:
@@ -55,7 +58,6 @@ def compare(values: List[float], reference: List[float]) -> str:
     return f'{text} (within noise)'
 
 
-def save_figure(figure, file: Path) -> None:
-    part = file.with_name(f'.{file.name}.part')
-    figure.savefig(part, format='png', dpi=120)
-    part.replace(file)
+def save_figure(figure: Figure, file: Path) -> None:
+    with staged_file(file, replace=True) as staged:
+        figure.savefig(staged, format='png', dpi=120)

@@ -158,38 +158,28 @@ def _grid(series: Dict[str, List[Panel]], subjects: Sequence[Subject]) -> List[B
     return [Maps(rows, _GRAD_CAM)]
 
 
-def _distinct(images: Sequence[str]) -> List[str]:
-    """A name for each image: its stem, or as much more of its path as tells it from the others.
+def _distinct(names: List[str], paths: Sequence[Sequence[str]], separator: str) -> List[str]:
+    """Names, or as much of the ends of their paths as tells one from the others, which a short line may show."""
+    for length in range(1, max(map(len, paths), default=0) + 1):
+        count = Counter(name.casefold() for name in names)  # some file systems take x.png for X.png
+        names = [
+            name if count[name.casefold()] == 1 else separator.join(parts[-length:])
+            for name, parts in zip(names, paths, strict=True)]
+    return names
+
+
+def _names(images: Sequence[str]) -> List[str]:
+    """A name for each image: its stem, or more of its path.
 
     Raises:
         ValueError: If one is there twice.
     """
     paths = [Path(os.path.abspath(image)) for image in images]
-    names = [path.stem for path in paths]
-    for length in range(1, max((len(path.parts) for path in paths), default=0)):
-        count = Counter(name.casefold() for name in names)  # some file systems take x.png for X.png
-        names = [
-            name if count[name.casefold()] == 1 else '-'.join(path.parts[1:][-length:])
-            for name, path in zip(names, paths, strict=True)]
+    names = _distinct([path.stem for path in paths], [path.parts[1:] for path in paths], '-')
     for image, times in zip(images, map(names.count, names), strict=True):
         if times > 1:
             raise ValueError(f'{image} is there {times} times: name each image once.')
     return names
-
-
-def _tell_apart(subjects: Sequence[Subject]) -> None:
-    """Give models of one title as much of the end of their paths as tells them apart, which a short line may show."""
-    titles = Counter(subject.title for subject in subjects)
-    same = [subject for subject in subjects if titles[subject.title] > 1]
-    paths = [Path(subject.name.rpartition(':')[2]).parts for subject in same]
-    for length in range(2, max(map(len, paths), default=0) + 1):
-        ends = ['/'.join(parts[-length:]) for parts in paths]
-        if len(set(ends)) == len(ends):
-            break
-    else:
-        ends = [subject.name for subject in same]
-    for subject, end in zip(same, ends, strict=True):
-        subject.title = end
 
 
 def _outputs(names: Sequence[str], images: Sequence[str], output: str, grid: bool) -> List[Path]:
@@ -251,10 +241,14 @@ def explain(
             written under its name or would overwrite an image.
         RuntimeError: At the end, if an image failed.
     """
-    names = _distinct(images)
+    names = _names(images)
     files = _outputs(names, images, output, grid)
     subjects = [Subject(name, target) for name in (model, *compare)]
-    _tell_apart(subjects)
+    titles = _distinct(
+        [subject.title for subject in subjects],
+        [Path(subject.name.rpartition(':')[2]).parts for subject in subjects], '/')
+    for subject, title in zip(subjects, titles, strict=True):
+        subject.title = title if titles.count(title) == 1 else subject.name
     if grid:
         subjects = [*subjects[1:], subjects[0]]  # the baseline first
     done: List[Path] = []

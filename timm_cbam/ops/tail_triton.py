@@ -306,10 +306,11 @@ def _b(
         p = p0 + tl.arange(0, BLOCK_P)
         inside = (c < C)[:, None] & (p < P)[None, :]
         x = tl.load(x_ptr + _offsets(b, c, p, C, P, CHANNELS_LAST), mask=inside, other=0).to(acc)
-        d = _d(_gated(x, norm_ptr, mc_ptr, b, c, C), dpooled_ptr, pooled_ptr, ties_ptr, b, p, C, P)
+        f = _normalize(x, norm_ptr, c, C)
+        d = _d(f * _per_channel(mc_ptr + b * C, c, C), dpooled_ptr, pooled_ptr, ties_ptr, b, p, C, P)
         s0 += d
         s1 += d * (x - mean)
-        ties += (inside & (_normalize(x, norm_ptr, c, C) == highest)).to(tl.int32)
+        ties += (inside & (f == highest)).to(tl.int32)
     s0, s1 = tl.sum(s0, 1), tl.sum(s1, 1)
     size = tl.cast(B, tl.int64) * C
     for block in range(BLOCKS_P):
@@ -391,12 +392,13 @@ def _c(
     offsets = _offsets(b, c, p, C, P, CHANNELS_LAST)
     x = tl.load(x_ptr + offsets, mask=inside, other=0).to(acc)
     g = tl.load(g_ptr + offsets, mask=inside, other=0).to(acc)
-    d = _d(_gated(x, norm_ptr, mc_ptr, b, c, C), dpooled_ptr, pooled_ptr, ties_ptr, b, p, C, P)
+    f = _normalize(x, norm_ptr, c, C)
+    d = _d(f * _per_channel(mc_ptr + b * C, c, C), dpooled_ptr, pooled_ptr, ties_ptr, b, p, C, P)
     d += g * _ms(conv_ptr, bn_ptr, factor_ptr, b, p, P, BN_EPS)
     size = tl.cast(B, tl.int64) * C
     k_ptr += b * C
     dx = _per_channel(k_ptr, c, C) * d
-    at_highest = (_normalize(x, norm_ptr, c, C) == _highest(space_ptr, norm_ptr, b, c, B, C)).to(acc)
+    at_highest = (f == _highest(space_ptr, norm_ptr, b, c, B, C)).to(acc)
     dx += at_highest * _per_channel(k_ptr + size, c, C)
     dx += _per_channel(k_centred_ptr, c, C) * (x - _per_channel(norm_ptr, c, C))
     tl.store(dx_ptr + offsets, dx + _per_channel(k_ptr + 2 * size, c, C), mask=inside)
